@@ -1,0 +1,1 @@
+"""From fused nodes to kernel launches to Triton source."""

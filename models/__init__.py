@@ -1,0 +1,1 @@
+"""Models to run: the demo decoder and how it was made."""

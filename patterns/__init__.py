@@ -1,0 +1,1 @@
+"""One file per fusion: its meaning, the source graphs exporters write for it, and its lowerings."""
