@@ -1,0 +1,347 @@
+"""Finding a source pattern in a graph, by backtracking, and remembering how close each failure came.
+
+A match starts at the pattern's rarest operator, follows inputs backwards, and reaches the other outputs by climbing from
+what is already bound to its readers. The engine, not the pattern, sees to it that no interior value escapes and that the
+region is convex.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+from typing import Any
+
+import onnx
+
+from fuser.dims import text
+from fuser.fused import Source
+from fuser.graph import Graph, Node, Value, reaches
+from fuser.pattern import COMMUTATIVE, Absent, Apply, Capture, CheckFailed, Either, Literal, Match, NotThis, Pattern, Result, Var
+
+STEP_BUDGET = 20_000  # for one anchor; an ordinary match takes a few dozen
+CHECK, ESCAPE, STRUCTURE = range(3)  # how a candidate failed, the nearest to a match first
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one candidate is no match."""
+
+    rank: int
+    matched: int
+    total: int
+    line: str
+    expected: str
+    found: str
+    place: Node | None
+
+    @property
+    def closeness(self) -> tuple[int, float]:
+        return (-self.rank, self.matched / max(1, self.total))
+
+
+@lru_cache(maxsize=None)
+def _default(op: str, domain: str, name: str) -> Any:
+    """The default ONNX gives an attribute that is not there."""
+    try:
+        attribute = onnx.defs.get_schema(op, domain=domain).attributes.get(name)
+    except onnx.defs.SchemaError:
+        return None
+    if attribute is None or not attribute.default_value.name:
+        return None
+    found = onnx.helper.get_attribute_value(attribute.default_value)
+    return found.decode() if isinstance(found, bytes) else found
+
+
+def attribute(node: Node, name: str) -> Any:
+    """An attribute's value, or ONNX's default for it."""
+    if name in node.attributes:
+        return node.attributes[name]
+    return _default(node.op, node.domain, name)
+
+
+def _same(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, float) or isinstance(found, float):
+        return found is not None and abs(wanted - found) <= 1e-6 * max(abs(wanted), 1e-30)
+    return bool(wanted == found)
+
+
+def describe(value: Value | None) -> str:
+    """What stands at a place, for people: `Concat(a, b) at node_cat_7`."""
+    if value is None:
+        return "no input"
+    if value.constant is not None:
+        return f"constant {value.name}{text(value.shape)}"
+    if value.producer is None:
+        return f"input {value.name}"
+    return describe_node(value.producer)
+
+
+def describe_node(node: Node) -> str:
+    inputs = ", ".join((v.producer.op if v.producer else v.name) if v else "-" for v in node.inputs)
+    where = node.origin.sources[0] if node.origin.sources else node.name
+    return f"{node.op}({inputs}) at {where}"
+
+
+class _OutOfSteps(Exception):
+    pass
+
+
+_UNBOUND: Any = object()
+Goals = tuple[Pattern | None, Value | None, Any] | None
+
+
+class Matcher:
+    """Matches one source against one graph."""
+
+    def __init__(self, graph: Graph, source: Source, counts: Mapping[tuple[str, str], int]) -> None:
+        self.graph, self.source = graph, source
+        self.anchor = min(source.required, key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node)))
+        self.total = len(source.required)
+        self.failures: dict[Node, Failure] = {}
+
+    def candidates(self) -> list[Node]:
+        """The graph's nodes at which a match may be anchored."""
+        return [node for node in self.graph.nodes if node.is_a(self.anchor.op, self.anchor.domain)]
+
+    def match(self, node: Node) -> Match | None:
+        """The first match anchored at `node`; a failure is kept in `failures`."""
+        self._vars: dict[str, Value | None] = {}
+        self._nodes: dict[int, Node] = {}
+        self._attributes: dict[str, Any] = {}
+        self._outputs: list[Value] = []
+        self._steps = 0
+        self._best: Failure | None = None
+        try:
+            for _ in self._anchored(node):
+                if (found := self._accept()) is not None:
+                    return found
+        except _OutOfSteps:
+            self._fail(STRUCTURE, self.anchor, "a match within the step budget", f"none in {STEP_BUDGET} steps", node)
+        if self._best is not None:
+            self.failures[node] = self._best
+        return None
+
+    def _anchored(self, node: Node) -> Iterator[None]:
+        for index in range(len(node.outputs)):
+            pattern = next((p for p in self._results() if p.node is self.anchor and p.index == index), None)
+            if pattern is not None:
+                for _ in self._solve((pattern, node.outputs[index], None)):
+                    yield from self._climb(0)
+                return
+
+    def _results(self) -> Iterator[Result]:
+        pending: list[Pattern | None] = list(self.source.outputs)
+        seen: set[int] = set()
+        while pending:
+            pattern = pending.pop(0)
+            if pattern is None or id(pattern) in seen:
+                continue
+            seen.add(id(pattern))
+            if isinstance(pattern, Result):
+                yield pattern
+                pending.extend(pattern.node.inputs)
+            elif isinstance(pattern, Either):
+                pending.extend(pattern.alternatives)
+            elif isinstance(pattern, Absent):
+                pending.append(pattern.present)
+
+    # -- search ----------------------------------------------------------------------------------------------------
+
+    def _solve(self, goals: Goals) -> Iterator[None]:
+        """Every way to make each pattern of a chain of goals match its value."""
+        if goals is None:
+            yield
+            return
+        self._steps += 1
+        if self._steps > STEP_BUDGET:
+            raise _OutOfSteps
+        pattern, value, rest = goals
+        if isinstance(pattern, Result):
+            yield from self._solve_node(pattern, value, rest)
+        elif isinstance(pattern, Var):
+            bound = self._vars.get(pattern.name, _UNBOUND)
+            if bound is _UNBOUND:
+                if value is None:
+                    return
+                self._vars[pattern.name] = value
+                yield from self._solve(rest)
+                del self._vars[pattern.name]
+            elif bound is value or _equal_constants(bound, value):
+                yield from self._solve(rest)
+            else:
+                self._mismatch(f"{pattern.name} again ({describe(bound)})", value)
+        elif isinstance(pattern, Either):
+            for alternative in pattern.alternatives:
+                yield from self._solve((alternative, value, rest))
+        elif isinstance(pattern, Literal):
+            if value is not None and pattern.accepts(value):
+                yield from self._solve(rest)
+            else:
+                self._mismatch(f"constant {pattern}", value)
+        elif isinstance(pattern, Absent):
+            yield from self._solve(rest if value is None else (pattern.present, value, rest))
+        elif value is None:
+            yield from self._solve(rest)
+
+    def _solve_node(self, pattern: Result, value: Value | None, rest: Goals) -> Iterator[None]:
+        wanted = pattern.node
+        node = value.producer if value is not None else None
+        bound = self._nodes.get(id(wanted))
+        if bound is not None:
+            if node is bound and value is not None and value.index == pattern.index:
+                yield from self._solve(rest)
+            else:
+                self._fail(STRUCTURE, wanted, f"the {wanted.op} at {bound.origin.sources[0] if bound.origin.sources else bound.name} again", describe(value), node)
+            return
+        if node is None or value is None or not node.is_a(wanted.op, wanted.domain) or value.index != pattern.index:
+            self._fail(STRUCTURE, wanted, str(wanted), describe(value), node)
+            return
+        captured: dict[str, Any] = {}
+        for name, expected in wanted.attributes.items():
+            actual = attribute(node, name)
+            if isinstance(expected, Capture):
+                captured[expected.name] = actual
+            elif not _same(expected, actual):
+                self._fail(STRUCTURE, wanted, f"{wanted.op} with {name}={expected}", f"{name}={actual} at {node.origin.sources[0] if node.origin.sources else node.name}", node)
+                return
+        inputs = list(node.inputs)
+        if any(extra is not None for extra in inputs[len(wanted.inputs) :]) or node in self._nodes.values():
+            self._fail(STRUCTURE, wanted, f"{wanted.op} of {len(wanted.inputs)} inputs", describe(value), node)
+            return
+        inputs += [None] * (len(wanted.inputs) - len(inputs))
+        self._nodes[id(wanted)] = node
+        before = self._attributes
+        self._attributes = {**before, **captured} if captured else before
+        orders = permutations(wanted.inputs) if wanted.op in COMMUTATIVE and not wanted.domain else (wanted.inputs,)
+        for order in orders:
+            goals = rest
+            # Inputs that are nodes of the pattern decide most; they are tried before variables, which match anything.
+            for sub, given in sorted(zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], Result)):
+                goals = (sub, given, goals)
+            yield from self._solve(goals)
+        self._attributes = before
+        del self._nodes[id(wanted)]
+
+    def _climb(self, index: int) -> Iterator[None]:
+        """Finds the pattern's outputs, from the first to the last, upward of what is bound."""
+        if index == len(self.source.outputs):
+            yield
+            return
+        pattern = self.source.outputs[index]
+        tried = False
+        for value in self._reachable(pattern):
+            tried = True
+            for _ in self._solve((pattern, value, None)):
+                self._outputs.append(value)
+                yield from self._climb(index + 1)
+                self._outputs.pop()
+        if not tried:
+            self._unreachable(pattern)
+
+    def _reachable(self, pattern: Pattern | None) -> list[Value]:
+        """The values that may match `pattern`, found from what is bound already."""
+        if isinstance(pattern, Var):
+            value = self._vars.get(pattern.name)
+            return [] if value is None else [value]
+        if isinstance(pattern, Either):
+            return list(dict.fromkeys(v for p in pattern.alternatives for v in self._reachable(p)))
+        if not isinstance(pattern, Result):
+            return []
+        bound = self._nodes.get(id(pattern.node))
+        if bound is not None:
+            return [bound.outputs[pattern.index]]
+        for sub in pattern.node.inputs:
+            below = self._reachable(sub)
+            if below:
+                users = dict.fromkeys(user for value in below for user in value.consumers)
+                return [
+                    user.outputs[pattern.index]
+                    for user in users
+                    if user.is_a(pattern.node.op, pattern.node.domain) and pattern.index < len(user.outputs)
+                ]
+        return []
+
+    # -- judging a complete match ------------------------------------------------------------------------------------
+
+    def _accept(self) -> Match | None:
+        match = Match(dict(self._vars), dict(self._attributes), dict(self._nodes), tuple(self._outputs))
+        region = match.region
+        inside, outputs = set(region), set(match.outputs)
+        for node in region:
+            for value in node.outputs:
+                if value in outputs:
+                    continue
+                reader = next((user for user, _ in value.uses if user not in inside), None)
+                if reader is not None or value.pinned:
+                    by = describe_node(reader) if reader else "the graph's outputs"
+                    self._fail(ESCAPE, self.anchor, f"{value.name} to be read only inside the match", f"it is read by {by}", node)
+                    return None
+        try:
+            if not convex(region, match.outputs):
+                raise CheckFailed("a path leads out of the match and back in")
+            inputs, attributes = self.source.read(match)
+            self.source.operator.output_shapes([_as_value(x) for x in inputs], attributes)
+        except NotThis:
+            return None
+        except CheckFailed as failed:
+            place = failed.place.producer if failed.place is not None else None
+            found = describe(failed.place) if failed.place is not None else describe_node(region[-1])
+            self._fail(CHECK, self.anchor, str(failed), found, place or region[-1], complete=True)
+            return None
+        return match
+
+    # -- remembering failures ----------------------------------------------------------------------------------------
+
+    def _mismatch(self, expected: str, value: Value | None) -> None:
+        self._fail(STRUCTURE, self.anchor, expected, describe(value), value.producer if value is not None else None)
+
+    def _unreachable(self, pattern: Pattern | None) -> None:
+        while isinstance(pattern, Either):
+            pattern = pattern.alternatives[-1]
+        if not isinstance(pattern, Result):
+            return
+        for sub in pattern.node.inputs:
+            for value in self._reachable(sub):
+                users = value.consumers
+                found = ", ".join(describe_node(user) for user in users[:3]) or "no reader"
+                self._fail(STRUCTURE, pattern.node, str(pattern.node), found, users[0] if users else value.producer)
+                return
+            # What reads the deepest value reached is where the graph and the pattern part.
+            if isinstance(sub, (Result, Either)):
+                self._unreachable(sub)
+                return
+
+    def _fail(self, rank: int, wanted: Apply, expected: str, found: str, place: Node | None, complete: bool = False) -> None:
+        matched = self.total if complete or rank == ESCAPE else min(len(self._nodes), self.total - 1)
+        best = self._best
+        if best is None or (-rank, matched) > (-best.rank, best.matched):
+            self._best = Failure(rank, matched, self.total, wanted.line, expected, found, place)
+
+
+def _as_value(given: Any) -> Value | None:
+    """A new constant stands in for its future value when shapes are checked."""
+    if given is None or isinstance(given, Value):
+        return given
+    return Value("merged", given.dtype, given.shape, constant=given)
+
+
+def _equal_constants(a: Any, b: Value | None) -> bool:
+    """Two constants that are the same small number are the same value for a pattern."""
+    return a is not None and b is not None and a.scalar is not None and a.scalar == b.scalar and a.shape == b.shape
+
+
+def convex(region: list[Node], outputs: tuple[Value, ...]) -> bool:
+    """Whether no path leaves the region and comes back: only then can it become one node."""
+    if len(outputs) == 1:
+        return True  # every path out starts at the end
+    inside = set(region)
+    last = max(node.place or 0.0 for node in region)
+    outward = [user for value in outputs for user in value.consumers if user not in inside]
+    starts = [value for user in outward for value in user.outputs]
+    return not (reaches(starts, lambda node: (node.place or 0.0) > last) & inside) and not (set(outward) & inside)
+
+
+def operator_counts(graph: Graph) -> Counter[tuple[str, str]]:
+    """How often each (domain, operator) stands in a graph."""
+    return Counter((node.domain, node.op) for node in graph.nodes)

@@ -1,0 +1,185 @@
+"""ONNX's spelling of a node, and ours.
+
+Over the opsets ONNX moved parameters (axes, split, Slice's bounds) from attributes to inputs. In the graph they are
+attributes as soon as they are known, with symbolic dims where they depend on the inputs' sizes: `absorb` reads them in,
+`spell` writes them out for one opset, computing the dims that are not constant from the inputs' own shapes.
+"""
+
+from typing import Any
+
+import sympy
+
+from fuser import dims
+from fuser.constants import Array
+from fuser.dims import Dim, Shape
+from fuser.dtypes import DType
+from fuser.graph import FUSER, Graph, Node, Value
+from fuser.shapes import FAR, content, infer_node, parameter
+
+# operator -> (parameter, input index, first opset in which it is an input)
+_REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp")
+PARAMETERS: dict[str, tuple[tuple[str, int, int], ...]] = {
+    **{op: (("axes", 1, 18),) for op in _REDUCTIONS},
+    "ReduceSum": (("axes", 1, 13),),
+    "Squeeze": (("axes", 1, 13),),
+    "Unsqueeze": (("axes", 1, 13),),
+    "Split": (("split", 1, 13),),
+    "Slice": (("starts", 1, 10), ("ends", 2, 10), ("axes", 3, 10), ("steps", 4, 10)),
+    "Reshape": (("shape", 1, 5),),
+    "Expand": (("shape", 1, 8),),
+    "Tile": (("repeats", 1, 6),),
+    "ConstantOfShape": (("shape", 0, 9),),
+}
+
+
+def absorb(graph: Graph, node: Node) -> bool:
+    """Turns a node's known parameter inputs into attributes; whether anything changed."""
+    rows = PARAMETERS.get(node.op, ()) if not node.domain else ()
+    present = [row for row in rows if node.input(row[1]) is not None]
+    if not present:
+        return False
+    found = {name: parameter(node, name, index) for name, index, _ in present}
+    if any(value is None for value in found.values()):
+        return False
+    if node.op == "Reshape":
+        found["shape"] = _resolved(node, found["shape"])
+        if found["shape"] is None:
+            return False
+        node.attributes.pop("allowzero", None)
+    node.attributes.update(found)
+    graph.drop_inputs(node, present[0][1])
+    return True
+
+
+def _resolved(node: Node, wanted: Shape) -> Shape | None:
+    """A Reshape's target with 0 and -1 replaced by the dims they stand for; None where a true 0 must stay."""
+    shape = node.output.shape
+    if shape is None or 0 in shape or (0 in wanted and node.attributes.get("allowzero", 0)):
+        return None
+    return shape
+
+
+class Spelling:
+    """Writes parameters out as inputs, sharing one computation of each dim."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._constants: dict[Any, Value] = {}
+        self._elements: dict[Dim, Value] = {}
+        self._vectors: dict[Shape, Value] = {}
+        self._at: Node | None = None
+
+    def spell(self) -> None:
+        """Rewrites every node into the graph's opset."""
+        for node in list(self.graph.nodes):
+            self._at = node
+            if node.domain == FUSER:
+                self._own_notation(node)
+            else:
+                self._parameters(node)
+        self.graph.prune()
+        self.graph.sort()
+
+    def _add(self, op: str, inputs: list[Value | None], attributes: dict[str, Any] | None = None, stem: str = "dims") -> Value:
+        node = self.graph.add(op, inputs, attributes, outputs=[stem], like=self._at)
+        infer_node(self.graph, node)
+        self._parameters(node)
+        return node.output
+
+    def _own_notation(self, node: Node) -> None:
+        if node.op == "Rsqrt":
+            root = self._add("Sqrt", list(node.inputs), stem=f"{node.output.name}_sqrt")
+            node.op, node.domain = "Reciprocal", ""
+            self.graph.set_input(node, 0, root)
+        elif node.op == "Dims":
+            wanted = node.attributes["dims"]
+            self.graph.replace(node.output, self.vector(wanted) if isinstance(wanted, tuple) else self.scalar(wanted))
+            self.graph.remove(node)
+
+    def _parameters(self, node: Node) -> None:
+        rows = PARAMETERS.get(node.op, ()) if not node.domain else ()
+        for name, index, since in rows:
+            if name not in node.attributes or self.graph.opset < since:
+                continue
+            wanted = node.attributes.pop(name)
+            if node.op == "Reshape":
+                wanted = reshape_target(node.inputs[0], wanted)
+                if not all(isinstance(dim, int) for dim in wanted) and self.graph.opset >= 14:
+                    node.attributes["allowzero"] = 1  # a computed dim of 0 (an empty past) is a 0
+            while len(node.inputs) <= index:
+                node.inputs.append(None)
+            self.graph.set_input(node, index, self.vector(wanted))
+
+    def constant(self, data: int | tuple[int, ...]) -> Value:
+        """An int64 constant, shared by all who ask for the same."""
+        if data not in self._constants:
+            self._constants[data] = self.graph.constant(Array.of(data, DType.INT64), "dims")
+        return self._constants[data]
+
+    def vector(self, wanted: Shape) -> Value:
+        """An int64 vector holding `wanted`."""
+        if all(isinstance(dim, int) for dim in wanted):
+            return self.constant(tuple(int(dim) for dim in wanted))
+        if wanted not in self._vectors:
+            parts: list[Value | None] = []
+            ints: list[int] = []
+            for dim in wanted:
+                if isinstance(dim, int):
+                    ints.append(dim)
+                    continue
+                if ints:
+                    parts.append(self.constant(tuple(ints)))
+                    ints = []
+                parts.append(self.element(dim))
+            if ints:
+                parts.append(self.constant(tuple(ints)))
+            only = parts[0]
+            self._vectors[wanted] = only if len(parts) == 1 and only else self._add("Concat", parts, {"axis": 0})
+        return self._vectors[wanted]
+
+    def scalar(self, dim: Dim) -> Value:
+        """An int64 scalar holding `dim`."""
+        return self.constant(dim) if isinstance(dim, int) else self._add("Squeeze", [self.element(dim)], {"axes": (0,)})
+
+    def element(self, dim: Dim) -> Value:
+        """An int64 vector of one element holding `dim`, computed from the shapes of the values that have its symbols."""
+        if isinstance(dim, int):
+            return self.constant((dim,))
+        if dim not in self._elements:
+            self._elements[dim] = self._compute(dim)
+        return self._elements[dim]
+
+    def _compute(self, dim: sympy.Expr) -> Value:
+        if dim.is_Symbol:
+            value, axis = self.graph.dim_sources[dim]
+            if self.graph.opset >= 15:
+                return self._add("Shape", [value], {"start": axis, "end": axis + 1})
+            return self._add("Gather", [self._add("Shape", [value]), self.constant((axis,))], {"axis": 0})
+        if isinstance(dim, sympy.floor):
+            above, below = sympy.fraction(sympy.together(dim.args[0]))
+            return self._add("Div", [self.element(dims.plain(above)), self.element(dims.plain(below))])
+        if dim.is_Pow and dim.exp.is_Integer and dim.exp > 0:
+            factors = [dim.base] * int(dim.exp)
+        else:
+            factors = list(dim.as_ordered_terms() if dim.is_Add else dim.args)
+        op = {sympy.Add: "Add", sympy.Mul: "Mul", sympy.Pow: "Mul", sympy.Min: "Min", sympy.Max: "Max"}[dim.func]
+        total = self.element(dims.plain(factors[0]))
+        for factor in factors[1:]:
+            total = self._add(op, [total, self.element(dims.plain(factor))])
+        return total
+
+
+def reshape_target(value: Value | None, wanted: Shape) -> Shape:
+    """A Reshape's target with as few computed dims as possible: 0 keeps a dim in place, one -1 takes the rest."""
+    source = value.shape if value is not None and value.shape is not None else ()
+    result: list[Dim] = [
+        0 if not isinstance(dim, int) and axis < len(source) and dim == source[axis] else dim for axis, dim in enumerate(wanted)
+    ]
+    left = [axis for axis, dim in enumerate(result) if not isinstance(dim, int)]
+    if len(left) == 1:
+        result[left[0]] = -1
+    # Dims that must be computed after all make 0 and -1 pointless: state the whole shape.
+    return tuple(result) if len(left) <= 1 else wanted
+
+
+__all__ = ["FAR", "PARAMETERS", "Spelling", "absorb", "content", "reshape_target"]
