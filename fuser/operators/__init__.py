@@ -1,0 +1,30 @@
+"""What each plain ONNX operator computes, in torch."""
+
+from fuser.operators import (  # importing a module enters its operators in the table
+    attention,
+    contractions,
+    contrib,
+    creation,
+    elementwise,
+    indexing,
+    normalization,
+    quantization,
+    reductions,
+    shapes,
+)
+from fuser.operators.table import evaluate, supported
+
+__all__ = [
+    "attention",
+    "contractions",
+    "contrib",
+    "creation",
+    "elementwise",
+    "evaluate",
+    "indexing",
+    "normalization",
+    "quantization",
+    "reductions",
+    "shapes",
+    "supported",
+]
