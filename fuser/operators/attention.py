@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fuser.errors import FuserError
 from fuser.operators.creation import dtype_of
-from fuser.operators.table import operator, wide
+from fuser.operators.table import operator, same_dtype, wide
 
 
 def _heads(x: Tensor, count: int | None) -> Tensor:
@@ -13,7 +13,7 @@ def _heads(x: Tensor, count: int | None) -> Tensor:
     if x.dim() == 4:
         return x
     if not count:
-        raise FuserError("q_num_heads and kv_num_heads are required with inputs of three dims")
+        raise FuserError("the number of heads is required with inputs of three dims")
     return x.reshape(*x.shape[:2], count, x.shape[2] // count).transpose(1, 2)
 
 
@@ -43,6 +43,8 @@ def attention(
     q [B, H, S, Dh] or [B, S, H Dh]; k, v [B, G, ...] or [B, ..., G Dh]; past_key, past_value [B, G, P, Dh]. Outputs y
     in q's layout, present_key and present_value [B, G, T, Dh], and the scores [B, H, S, T] at the stage the mode names.
     """
+    same_dtype(q, k, past_key)
+    same_dtype(v, past_value)
     three_dims = q.dim() == 3
     q, k, v = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
     if past_key is not None and past_value is not None:

@@ -5,11 +5,12 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from fuser.errors import UnsupportedOperator
-from fuser.operators.table import operator, wide
+from fuser.operators.table import operator, same_dtype, wide
 
 
 @operator("MatMul")
 def matmul(a: Tensor, b: Tensor) -> Tensor:
+    same_dtype(a, b)
     return torch.matmul(wide(a), wide(b)).to(a.dtype)
 
 
@@ -25,6 +26,7 @@ def gemm(
     transB: int = 0,
 ) -> Tensor:
     """alpha a b + beta c, with a, b optionally transposed and c broadcast to [M, N]."""
+    same_dtype(a, b, c)
     x, y = wide(a), wide(b)
     product = (x.T if transA else x) @ (y.T if transB else y)
     out = product if alpha == 1.0 else alpha * product
@@ -49,6 +51,7 @@ def matmul_integer(
 
 @operator("Einsum")
 def einsum(*factors: Tensor, equation: str) -> Tensor:
+    same_dtype(*factors)
     return torch.einsum(equation, *map(wide, factors)).to(factors[0].dtype)
 
 
@@ -66,6 +69,7 @@ def convolution(
     strides: list[int] | None = None,
 ) -> Tensor:
     """x [B, C, spatial...], w [M, C/group, kernel...]; one to three spatial dims."""
+    same_dtype(x, w, bias)
     spatial = x.dim() - 2
     if not 1 <= spatial <= 3:
         raise UnsupportedOperator(f"Conv over {spatial} spatial dims")

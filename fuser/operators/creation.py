@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fuser.errors import FuserError, UnsupportedOperator
-from fuser.operators.table import Ints, ints, operator
+from fuser.operators.table import Ints, ints, operator, same_dtype
 
 # onnx.TensorProto.DataType, without strings, complex numbers, float8 and the dtypes of fewer than 8 bits.
 _DTYPES = {
@@ -43,7 +43,10 @@ def tensor_of(value: Any) -> Tensor:
     array = np.array(value)  # a copy: an array read from a file may not be writable
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise UnsupportedOperator(f"numpy dtype {array.dtype} has no dtype here") from error
 
 
 def _floating(dtype: torch.dtype, float_dtype: torch.dtype | None) -> torch.dtype:
@@ -74,7 +77,7 @@ def constant(
 
 @operator("ConstantOfShape")
 def constant_of_shape(shape: Ints, *, value: Any = None, float_dtype: torch.dtype | None) -> Tensor:
-    fill = torch.zeros(1) if value is None else tensor_of(value)
+    fill = torch.zeros(1, dtype=torch.float32) if value is None else tensor_of(value)
     return fill.to(_floating(fill.dtype, float_dtype)).reshape(()).expand(ints(shape)).clone()
 
 
@@ -87,13 +90,18 @@ def eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0, float_dtype: to
 
 
 @operator("Range")
-def arange(start: Tensor, limit: Tensor, delta: Tensor, *, float_dtype: torch.dtype | None) -> Tensor:
+def arange(
+    start: Tensor, limit: Tensor, delta: Tensor, *, stash_type: int = 1, float_dtype: torch.dtype | None
+) -> Tensor:
+    """start + i delta below limit; floats are computed in float64, so any `stash_type` is met, and rounded once."""
+    same_dtype(start, limit, delta)
     first, last, step = start.item(), limit.item(), delta.item()
-    count = max(math.ceil((last - first) / step), 0)
-    index = torch.arange(count, device=start.device)
     if start.dtype.is_floating_point:
-        return (first + index.double() * step).to(_floating(start.dtype, float_dtype))
-    return (int(first) + index * int(step)).to(start.dtype)
+        count = max(math.ceil((last - first) / step), 0)
+        index = torch.arange(count, dtype=torch.float64, device=start.device)
+        return (first + index * step).to(_floating(start.dtype, float_dtype))
+    count = len(range(int(first), int(last), int(step)))
+    return (int(first) + torch.arange(count, device=start.device) * int(step)).to(start.dtype)
 
 
 @operator("Cast")

@@ -8,7 +8,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from fuser.errors import UnsupportedOperator
-from fuser.operators.table import operator, wide
+from fuser.operators.table import float32, operator, same_dtype, scalar_like, wide
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores them and computes with few
 
@@ -24,12 +24,14 @@ def _signed(*tensors: Tensor) -> list[Tensor]:
 def _arithmetic(name: str, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
     @operator(name)
     def _(a: Tensor, b: Tensor) -> Tensor:
+        same_dtype(a, b)
         return compute(*_signed(a, b)).to(a.dtype)
 
 
 def _predicate(name: str, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
     @operator(name)
     def _(a: Tensor, b: Tensor) -> Tensor:
+        same_dtype(a, b)
         return compute(*_signed(a, b))
 
 
@@ -88,7 +90,6 @@ _UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Exp": torch.exp,
     "Floor": torch.floor,
     "HardSwish": lambda x: x * torch.clamp(x / 6 + 0.5, 0, 1),
-    "Identity": lambda x: x,
     "Log": torch.log,
     "Mish": lambda x: x * torch.tanh(_softplus(x)),
     "Neg": torch.neg,
@@ -97,7 +98,7 @@ _UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Relu": torch.relu,
     "Round": torch.round,  # half to even
     "Sigmoid": torch.sigmoid,
-    "Sign": torch.sign,
+    "Sign": lambda x: torch.where(x == x, torch.sign(x), x),  # NaN stays
     "Sin": torch.sin,
     "Sinh": torch.sinh,
     "Softplus": _softplus,
@@ -113,6 +114,11 @@ for _name, _binary in _PREDICATES.items():
     _predicate(_name, _binary)
 for _name, _function in _UNARY.items():
     _unary(_name, _function)
+
+
+@operator("Identity")
+def identity(x: Tensor) -> Tensor:
+    return x
 
 
 @operator("Pow")
@@ -141,6 +147,7 @@ def bit_shift(x: Tensor, y: Tensor, *, direction: str) -> Tensor:
 
 @operator("Where")
 def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    same_dtype(x, y)
     return torch.where(condition, x, y)
 
 
@@ -156,36 +163,36 @@ def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> 
 
 @operator("Sum")
 def variadic_sum(*terms: Tensor) -> Tensor:
+    same_dtype(*terms)
     return reduce(torch.add, map(wide, terms)).to(terms[0].dtype)
 
 
 @operator("Mean")
 def variadic_mean(*terms: Tensor) -> Tensor:
+    same_dtype(*terms)
     return (reduce(torch.add, map(wide, terms)) / len(terms)).to(terms[0].dtype)
 
 
 @operator("Max")
 def variadic_max(*terms: Tensor) -> Tensor:
+    same_dtype(*terms)
     return reduce(torch.maximum, _signed(*terms)).to(terms[0].dtype)
 
 
 @operator("Min")
 def variadic_min(*terms: Tensor) -> Tensor:
+    same_dtype(*terms)
     return reduce(torch.minimum, _signed(*terms)).to(terms[0].dtype)
 
 
 @operator("Clip")
 def clip(x: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
     """max wins where min > max. A bound beyond the dtype's range becomes infinite."""
-
-    def bound(value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, device=x.device).reshape(()).to(out.dtype)
-
     (out,) = _signed(x)
     if min is not None:
-        out = torch.maximum(out, bound(min))
+        out = torch.maximum(out, scalar_like(min, out))
     if max is not None:
-        out = torch.minimum(out, bound(max))
+        out = torch.minimum(out, scalar_like(max, out))
     return out.to(x.dtype)
 
 
@@ -193,14 +200,14 @@ def clip(x: Tensor, min: Tensor | float | None = None, max: Tensor | float | Non
 def dropout(
     x: Tensor, ratio: Tensor | float | None = None, training_mode: Tensor | None = None, *, seed: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Inference: the identity, and a mask of True."""
-    if training_mode is not None and bool(training_mode):
-        raise UnsupportedOperator("training_mode must be false")
+    """The identity, and a mask of True; dropping anything is refused."""
+    if training_mode is not None and bool(training_mode) and (ratio is None or float(ratio) > 0):
+        raise UnsupportedOperator("training_mode with a ratio above zero")
     return x, torch.ones_like(x, dtype=torch.bool)
 
 
 @operator("LeakyRelu")
-def leaky_relu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
+def leaky_relu(x: Tensor, *, alpha: float = float32(0.01)) -> Tensor:
     return torch.where(x < 0, alpha * x, x)
 
 
@@ -222,13 +229,15 @@ def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
 
 
 @operator("Selu")
-def selu(x: Tensor, *, alpha: float = 1.6732632423543772, gamma: float = 1.0507009873554805) -> Tensor:
+def selu(
+    x: Tensor, *, alpha: float = float32(1.6732632423543772), gamma: float = float32(1.0507009873554805)
+) -> Tensor:
     y = wide(x)
     return (gamma * torch.where(y > 0, y, alpha * torch.expm1(y))).to(x.dtype)
 
 
 @operator("HardSigmoid")
-def hard_sigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
+def hard_sigmoid(x: Tensor, *, alpha: float = float32(0.2), beta: float = 0.5) -> Tensor:
     return torch.clamp(alpha * wide(x) + beta, 0, 1).to(x.dtype)
 
 
@@ -247,4 +256,5 @@ def swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
 @operator("SwiGLU")
 def swiglu(a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
     """swish(a) b, for a gate a."""
+    same_dtype(a, b)
     return (swish(wide(a), alpha=alpha) * wide(b)).to(a.dtype)

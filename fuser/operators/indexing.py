@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fuser.errors import UnsupportedOperator
+from fuser.errors import FuserError, UnsupportedOperator
 from fuser.operators.table import Ints, axis_of, one_int, operator
 
 _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
@@ -40,10 +40,13 @@ def gather_nd(data: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
 
 
 def _row_numbers(indices: Tensor, dims: torch.Size) -> Tensor:
-    """Index tuples [..., k] into dims [k] as row-major numbers [...]."""
+    """Index tuples [..., k] into dims [k] as row-major numbers [...]; raises FuserError for one outside."""
     rows = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=indices.device)
     for i, dim in enumerate(dims):
-        rows = rows * dim + _wrapped(indices[..., i], dim)
+        index = _wrapped(indices[..., i], dim)
+        if bool(((index < 0) | (index >= dim)).any()):
+            raise FuserError(f"indices must be in [{-dim}, {dim}) along axis {i} of {list(dims)}")
+        rows = rows * dim + index
     return rows
 
 

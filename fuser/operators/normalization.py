@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fuser.errors import FuserError
 from fuser.operators.creation import dtype_of
-from fuser.operators.table import axis_of, operator
+from fuser.operators.table import axis_of, float32, operator, wide
 
 
 def _stash(x: Tensor, stash_type: int, float_dtype: torch.dtype | None) -> tuple[torch.dtype, Tensor]:
@@ -36,7 +36,7 @@ def layer_normalization(
     bias: Tensor | None = None,
     *,
     axis: int = -1,
-    epsilon: float = 1e-5,
+    epsilon: float = float32(1e-5),
     stash_type: int = 1,
     float_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def rms_normalization(
     scale: Tensor,
     *,
     axis: int = -1,
-    epsilon: float = 1e-5,
+    epsilon: float = float32(1e-5),
     stash_type: int = 1,
     float_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def group_normalization(
     bias: Tensor,
     *,
     num_groups: int,
-    epsilon: float = 1e-5,
+    epsilon: float = float32(1e-5),
     stash_type: int = 1,
     opset: int,
     float_dtype: torch.dtype | None,
@@ -95,7 +95,7 @@ def group_normalization(
 
 @operator("InstanceNormalization")
 def instance_normalization(
-    x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, float_dtype: torch.dtype | None
+    x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = float32(1e-5), float_dtype: torch.dtype | None
 ) -> Tensor:
     """Each channel of x [B, C, spatial...] on its own."""
     return group_normalization(
@@ -106,6 +106,6 @@ def instance_normalization(
 @operator("LpNormalization")
 def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     """x over its p-norm along `axis`; zero where the norm is zero."""
-    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    y = wide(x)
     norm = y.abs().pow(p).sum(axis, keepdim=True).pow(1 / p)
     return torch.where(norm == 0, torch.zeros_like(y), y / norm).to(x.dtype)

@@ -23,12 +23,16 @@ def _reduction(name: str, compute: Callable[[Tensor, list[int], bool], Tensor]) 
         return compute(wide(data), chosen, bool(keepdims)).to(data.dtype)
 
 
+def _real(x: Tensor) -> Tensor:
+    return x if x.dtype.is_floating_point else x.double()
+
+
 def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return x.sum(axes, keepdim=keep)
 
 
 def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return (x if x.dtype.is_floating_point else x.double()).mean(axes, keepdim=keep)
+    return _real(x).mean(axes, keepdim=keep)
 
 
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
@@ -51,11 +55,11 @@ def _extreme(x: Tensor, axes: list[int], keep: bool, largest: bool) -> Tensor:
 
 
 def _log_sum_exp(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return torch.logsumexp(x if x.dtype.is_floating_point else x.double(), axes, keepdim=keep)
+    return torch.logsumexp(_real(x), axes, keepdim=keep)
 
 
 def _root_sum_square(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return _sum(x * x, axes, keep).sqrt()
+    return _real(_sum(x * x, axes, keep)).sqrt()
 
 
 for _name, _compute in {
@@ -67,7 +71,7 @@ for _name, _compute in {
     "ReduceL1": lambda x, axes, keep: _sum(x.abs(), axes, keep),
     "ReduceL2": _root_sum_square,
     "ReduceSumSquare": lambda x, axes, keep: _sum(x * x, axes, keep),
-    "ReduceLogSum": lambda x, axes, keep: _sum(x, axes, keep).log(),
+    "ReduceLogSum": lambda x, axes, keep: _real(_sum(x, axes, keep)).log(),
     "ReduceLogSumExp": _log_sum_exp,
 }.items():
     _reduction(_name, _compute)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fuser.errors import FuserError, UnsupportedOperator
-from fuser.operators.table import Ints, axis_of, ints, one_int, operator
+from fuser.operators.table import Ints, axis_of, ints, one_int, operator, same_dtype, scalar_like
 
 
 @operator("Shape")
@@ -21,13 +21,19 @@ def size(x: Tensor) -> Tensor:
 
 @operator("Reshape")
 def reshape(x: Tensor, shape: Ints, *, allowzero: int = 0) -> Tensor:
-    """A 0 keeps the input's dim unless allowzero; one -1 takes what remains."""
+    """A 0 keeps the input's dim unless allowzero; one -1 takes what remains.
+
+    Dims that are kept cancel before the rest is divided, so that an empty tensor (no past, say) has a -1 too.
+    """
     dims = ints(shape)
-    if not allowzero:
-        dims = [x.shape[i] if dim == 0 else dim for i, dim in enumerate(dims)]
-    if -1 in dims and 0 in dims:  # ambiguous to torch; ONNX leaves the unknown dim nothing
-        dims = [0 if dim == -1 else dim for dim in dims]
-    return x.reshape(dims)
+    kept = set() if allowzero else {i for i, dim in enumerate(dims) if dim == 0}
+    if -1 in dims:
+        given = math.prod(dim for i, dim in enumerate(dims) if dim != -1 and i not in kept)
+        remaining = math.prod(dim for i, dim in enumerate(x.shape) if i not in kept)
+        if not given or remaining % given or dims.count(-1) > 1:
+            raise FuserError(f"cannot infer the -1 of {dims} from the shape {list(x.shape)}")
+        dims = [remaining // given if dim == -1 else dim for dim in dims]
+    return x.reshape([x.shape[i] if i in kept else dim for i, dim in enumerate(dims)])
 
 
 @operator("Flatten")
@@ -80,6 +86,7 @@ def tile(x: Tensor, repeats: Ints) -> Tensor:
 
 @operator("Concat")
 def concat(*parts: Tensor, axis: int) -> Tensor:
+    same_dtype(*parts)
     return torch.cat(parts, axis)
 
 
@@ -91,6 +98,8 @@ def split(
     if split is not None:
         return torch.split(x, ints(split), axis)
     dim, parts = x.shape[axis], num_outputs or outputs
+    if num_outputs is None and dim % parts:
+        raise FuserError(f"{dim} does not split into {parts} equal parts; give split or num_outputs")
     chunk = math.ceil(dim / parts)
     sizes = [max(0, min(chunk, dim - i * chunk)) for i in range(parts)]
     return torch.split(x, sizes, axis)
@@ -139,8 +148,7 @@ def pad(
             padded = x.new_empty([*x.shape[:axis], len(position), *x.shape[axis + 1 :]])
         if mode == "constant":
             outside = ((position < 0) | (position >= dim)).reshape([-1 if i == axis else 1 for i in range(x.dim())])
-            fill = torch.as_tensor(0 if value is None else value, device=x.device).reshape(()).to(x.dtype)
-            padded = torch.where(outside, fill, padded)
+            padded = torch.where(outside, scalar_like(0.0 if value is None else value, x), padded)
         x = padded
     return x
 

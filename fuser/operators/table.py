@@ -38,7 +38,7 @@ class Row:
     variadic: bool
 
 
-_TABLE: dict[tuple[str, str], Row] = {}
+TABLE: dict[tuple[str, str], Row] = {}  # by domain ("" is ai.onnx) and operator
 
 
 def operator(*names: str, domain: str = "") -> Callable[[F], F]:
@@ -56,7 +56,7 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
             variadic=any(p.kind is p.VAR_POSITIONAL for p in parameters),
         )
         for name in names:
-            _TABLE[domain, name] = row
+            TABLE[domain, name] = row
         return compute
 
     return enter
@@ -64,7 +64,7 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
 
 def supported(op: str, domain: str = "") -> bool:
     """Whether the table defines `op`; it may still refuse a form of it with UnsupportedOperator."""
-    return (_plain(domain), op) in _TABLE
+    return (_plain(domain), op) in TABLE
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def evaluate(
     Raises UnsupportedOperator for an operator, attribute or dtype outside the table, and FuserError when the inputs do
     not fit the operator.
     """
-    row = _TABLE.get((_plain(domain), op))
+    row = TABLE.get((_plain(domain), op))
     name = f"{domain}.{op}" if _plain(domain) else op
     if row is None:
         raise UnsupportedOperator(f"{name}: no such operator in the table")
@@ -165,6 +165,27 @@ def axis_of(axis: int, rank: int) -> int:
     if not -rank <= axis < max(rank, 1):
         raise FuserError(f"axis must be in [{-rank}, {rank}), got {axis}")
     return axis % rank if rank else 0
+
+
+def same_dtype(*tensors: Tensor | None) -> None:
+    """Raises FuserError unless the tensors present have one dtype: torch would promote where ONNX refuses."""
+    found = {x.dtype for x in tensors if x is not None}
+    if len(found) > 1:
+        raise FuserError(f"inputs must have one dtype, got {' and '.join(sorted(map(_short, found)))}")
+
+
+def float32(number: float) -> float:
+    """The nearest float32: what an ONNX attribute written as `number` holds."""
+    return torch.tensor(number, dtype=torch.float32).item()
+
+
+def scalar_like(value: Tensor | float, x: Tensor) -> Tensor:
+    """One number, given as a tensor of one element or an attribute, as a scalar of x's dtype and device.
+
+    A number beyond the dtype's range becomes infinite.
+    """
+    exact = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return exact.reshape(()).to(x.device, x.dtype)
 
 
 def wide(x: Tensor) -> Tensor:
