@@ -36,8 +36,8 @@ DECLINED = {
     "training: what Dropout drops is random": ("test_training_dropout*",),
 }
 
-# Norm-wise relative error allowed against ONNX's reference values: a few units in the last place, as the reference rounds
-# at every step and the table once.
+# Norm-wise relative error allowed against ONNX's reference values: a few units in the last place, as the reference
+# rounds at every step and the table once.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 

@@ -102,8 +102,10 @@ def evaluate(
     keywords |= {fact: facts[fact] for fact in row.context}
     try:
         result = row.compute(*arguments, **keywords)
+    except UnsupportedOperator as error:
+        raise UnsupportedOperator(f"{name}: {error}") from error
     except FuserError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise FuserError(f"{name}: {error}") from error
     except MISFITS as error:
         found = ", ".join("absent" if x is None else f"{_short(x.dtype)}{list(x.shape)}" for x in inputs)
         raise FuserError(f"{name}: inputs ({found}) with attributes {dict(attributes)} do not fit: {error}") from error
