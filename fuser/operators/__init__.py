@@ -1,0 +1,17 @@
+"""What each plain ONNX operator computes, in torch."""
+
+from fuser.operators import (  # noqa: F401  importing a module enters its operators in the table
+    attention,
+    contractions,
+    contrib,
+    creation,
+    elementwise,
+    indexing,
+    normalization,
+    quantization,
+    reductions,
+    shapes,
+)
+from fuser.operators.table import evaluate, supported
+
+__all__ = ["evaluate", "supported"]
