@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from fuser import dims, shapes
+from fuser import dims
 from fuser.constants import Constant
 from fuser.dims import Dim, Shape
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.pattern import Apply, Either, Match, Pattern, Result, Var, _apply, require
+from fuser.shapes import RULES, Inferred
 
 Lowering = Callable[..., Any]
+Inputs = dict[str, Value | Constant | None]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Source:
     outputs: tuple[Pattern, ...] = ()
     nodes: list[Apply] = field(default_factory=list)
     _attributes: Callable[[Match], dict[str, Any]] | None = None
-    _inputs: Callable[[Match], dict[str, Value | Constant | None]] | None = None
+    _inputs: Callable[[Match], Inputs] | None = None
 
     def __post_init__(self) -> None:
         traced = self.function(*(Var(name) for name in inspect.signature(self.function).parameters))
@@ -129,17 +131,17 @@ class Source:
             self.nodes.append(pattern.node)
 
     def _is_required(self, node: Apply) -> bool:
-        return all(_always_uses(pattern, node) for pattern in self.outputs[:1])
+        return any(_always_uses(pattern, node) for pattern in self.outputs)
 
-    def attributes(self, function: Callable[[Match], dict[str, Any]]) -> "Source":
+    def attributes(self, function: Callable[[Match], dict[str, Any]]) -> Callable[[Match], dict[str, Any]]:
         """Registers how the operator's attributes follow from a match; the place for `require`."""
         self._attributes = function
-        return self
+        return function
 
-    def inputs(self, function: Callable[[Match], dict[str, Value | Constant | None]]) -> "Source":
+    def inputs(self, function: Callable[[Match], "Inputs"]) -> Callable[[Match], "Inputs"]:
         """Registers inputs that are not simply the variables of their names."""
         self._inputs = function
-        return self
+        return function
 
     def read(self, match: Match) -> tuple[list[Value | Constant | None], dict[str, Any]]:
         """Inputs and attributes of the fused node a match stands for."""
@@ -224,7 +226,7 @@ class FusedOp:
         found = self.reference(*inputs, **attributes)
         return list(found) if isinstance(found, (tuple, list)) else [found]
 
-    def _infer(self, graph: Graph, node: Node) -> list[shapes.type_and_shape]:
+    def _infer(self, graph: Graph, node: Node) -> list[Inferred]:
         first = node.inputs[0]
         return [(first.dtype if first else None, shape) for shape in self.output_shapes(node.inputs, node.attributes)]
 
@@ -239,7 +241,7 @@ def fused_op(signature: str) -> Callable[[Callable[..., Any]], FusedOp]:
         operator = FusedOp(function.__name__, Signature.parse(signature), function)
         operator.__doc__ = function.__doc__
         REGISTRY[operator.name] = operator
-        shapes.RULES[(FUSER, operator.name)] = operator._infer
+        RULES[(FUSER, operator.name)] = operator._infer
         return operator
 
     return make

@@ -213,14 +213,42 @@ class Graph:
             self.outputs = [new if value is old else value for value in self.outputs]
             old.is_output, new.is_output = False, True
 
+    def clone(self) -> "Graph":
+        """A copy that shares constants and protobufs with this graph, and nothing that passes change."""
+        copy = Graph(self.name, self.opset)
+        copy.opsets, copy.header, copy.interface = dict(self.opsets), self.header, self.interface
+        copy.names, copy._counter, copy.output_names = set(self.names), self._counter, list(self.output_names)
+        values: dict[int, Value] = {}
+        for value in self.values():
+            values[id(value)] = Value(
+                value.name, value.dtype, value.shape, constant=value.constant, content=value.content,
+                captured=value.captured, is_output=value.is_output,
+            )  # fmt: skip
+        for node in self.nodes:
+            twin = Node(
+                node.op, [None if v is None else values[id(v)] for v in node.inputs], [values[id(v)] for v in node.outputs],
+                dict(node.attributes), node.domain, node.name, node.origin, node.carried, node.metadata,
+                tuple(values[id(v)] for v in node.captures),
+            )  # fmt: skip
+            for index, value in enumerate(twin.outputs):
+                value.producer, value.index = twin, index
+            copy.insert(twin)
+        copy.inputs = [values[id(v)] for v in self.inputs]
+        copy.outputs = [values[id(v)] for v in self.outputs]
+        copy.dim_sources = {s: (values[id(v)], axis) for s, (v, axis) in self.dim_sources.items() if id(v) in values}
+        return copy
+
     # -- order -----------------------------------------------------------------------------------------------------
 
     def sort(self) -> None:
         """Restores topological order, each node as near to its place as its inputs allow."""
-        order = nx.DiGraph()
+        order: nx.DiGraph = nx.DiGraph()
         order.add_nodes_from(self.nodes)
         order.add_edges_from((p, node) for node in self.nodes for p in producers(node))
         self.nodes = dict.fromkeys(nx.lexicographical_topological_sort(order, key=lambda node: node.place))
+        for place, node in enumerate(self.nodes):
+            node.place = float(place)
+        self._last_place = float(len(self.nodes))
 
     def prune(self) -> int:
         """Removes the nodes nothing reads; returns how many."""

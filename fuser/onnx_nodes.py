@@ -1,5 +1,6 @@
 """Attributes and nodes between fuser's plain values and ONNX's protobufs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -9,6 +10,15 @@ from fuser.constants import Array, Constant, Proto
 from fuser.dtypes import DType
 from fuser.errors import InputError
 from fuser.graph import Node
+
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inside a function's body: the value of one of the function's own float attributes."""
+
+    name: str
+
 
 _READERS = {
     AttributeProto.FLOAT: lambda a: a.f,
@@ -52,6 +62,8 @@ def constant_of(tensor: TensorProto) -> Constant:
 
 def write_attribute(name: str, value: Any) -> AttributeProto:
     """An attribute from a plain value."""
+    if isinstance(value, Reference):
+        return AttributeProto(name=name, type=AttributeProto.FLOAT, ref_attr_name=value.name)
     if isinstance(value, Constant):
         return onnx.helper.make_attribute(name, tensor_proto("", value))
     if isinstance(value, tuple) and not value:

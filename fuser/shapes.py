@@ -15,8 +15,8 @@ from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
 from fuser.graph import FUSER, MICROSOFT, Graph, Node, Value
 
-type_and_shape = tuple[DType | None, Sequence[Dim | None] | None]
-Rule = Callable[[Graph, Node], list[type_and_shape]]
+Inferred = tuple[DType | None, Sequence[Dim | None] | None]
+Rule = Callable[[Graph, Node], list[Inferred]]
 
 RULES: dict[tuple[str, str], Rule] = {}
 CONTENT_LIMIT = 64  # elements: longer integer vectors are data, not shapes
@@ -150,7 +150,7 @@ def _dtype(node: Node, index: int = 0) -> DType | None:
     "Sin", "Sinh", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Trilu", "ScatterND",
     "ScatterElements", "Dropout", "SimplifiedLayerNormalization",
 )  # fmt: skip
-def _same(graph: Graph, node: Node) -> list[type_and_shape]:
+def _same(graph: Graph, node: Node) -> list[Inferred]:
     value = node.inputs[0]
     assert value is not None
     same = (value.dtype, value.shape)
@@ -163,7 +163,7 @@ RULES[(FUSER, "Rsqrt")] = _same
 
 
 @rule("LayerNormalization")
-def _layer_normalization(graph: Graph, node: Node) -> list[type_and_shape]:
+def _layer_normalization(graph: Graph, node: Node) -> list[Inferred]:
     value = node.inputs[0]
     assert value is not None
     if value.shape is None:
@@ -173,7 +173,7 @@ def _layer_normalization(graph: Graph, node: Node) -> list[type_and_shape]:
     return [(value.dtype, value.shape), (DType.FLOAT32, statistics), (DType.FLOAT32, statistics)]
 
 
-def _skip_normalization(graph: Graph, node: Node) -> list[type_and_shape]:
+def _skip_normalization(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node, 0)
     if shapes is None:
         return [(_dtype(node), None)]
@@ -187,37 +187,37 @@ RULES[(MICROSOFT, "SkipSimplifiedLayerNormalization")] = _skip_normalization
 
 
 @rule("Add", "Sub", "Mul", "Div", "Pow", "Mod", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitShift", "PRelu", "Min", "Max", "Sum", "Mean")
-def _broadcasting(graph: Graph, node: Node) -> list[type_and_shape]:
+def _broadcasting(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     return [(_dtype(node), broadcast(*shapes) if shapes else None)]
 
 
 @rule("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Xor", "IsNaN", "IsInf")
-def _comparing(graph: Graph, node: Node) -> list[type_and_shape]:
+def _comparing(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     return [(DType.BOOL, broadcast(*shapes) if shapes else None)]
 
 
 @rule("Where")
-def _where(graph: Graph, node: Node) -> list[type_and_shape]:
+def _where(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     return [(_dtype(node, 1), broadcast(*shapes) if shapes else None)]
 
 
 @rule("Cast")
-def _cast(graph: Graph, node: Node) -> list[type_and_shape]:
+def _cast(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     return [(DType.from_onnx(node.attributes["to"]), shapes[0] if shapes else None)]
 
 
 @rule("CastLike")
-def _cast_like(graph: Graph, node: Node) -> list[type_and_shape]:
+def _cast_like(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node, 0)
     return [(_dtype(node, 1), shapes[0] if shapes else None)]
 
 
 @rule("MatMul")
-def _matmul(graph: Graph, node: Node) -> list[type_and_shape]:
+def _matmul(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     if shapes is None or not shapes[0] or not shapes[1]:
         return [(_dtype(node), None)]
@@ -229,7 +229,7 @@ def _matmul(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Gemm")
-def _gemm(graph: Graph, node: Node) -> list[type_and_shape]:
+def _gemm(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node, 0, 1)
     if shapes is None:
         return [(_dtype(node), None)]
@@ -239,7 +239,7 @@ def _gemm(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Transpose")
-def _transpose(graph: Graph, node: Node) -> list[type_and_shape]:
+def _transpose(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     if shapes is None:
         return [(_dtype(node), None)]
@@ -248,7 +248,7 @@ def _transpose(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Reshape")
-def _reshape(graph: Graph, node: Node) -> list[type_and_shape]:
+def _reshape(graph: Graph, node: Node) -> list[Inferred]:
     wanted, shapes = parameter(node, "shape", 1), _shapes(node, 0)
     if wanted is None:
         length = node.input(1)
@@ -285,7 +285,7 @@ def quotient(whole: Sequence[Dim], part: Sequence[Dim]) -> Dim | None:
 
 
 @rule("Squeeze")
-def _squeeze(graph: Graph, node: Node) -> list[type_and_shape]:
+def _squeeze(graph: Graph, node: Node) -> list[Inferred]:
     shapes, axes = _shapes(node, 0), parameter(node, "axes", 1)
     if shapes is None or (axes is None and not is_absent(node, "axes", 1)):
         return [(_dtype(node), None)]
@@ -299,7 +299,7 @@ def _squeeze(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Unsqueeze")
-def _unsqueeze(graph: Graph, node: Node) -> list[type_and_shape]:
+def _unsqueeze(graph: Graph, node: Node) -> list[Inferred]:
     shapes, axes = _shapes(node, 0), parameter(node, "axes", 1)
     if shapes is None or axes is None:
         return [(_dtype(node), None)]
@@ -310,7 +310,7 @@ def _unsqueeze(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Flatten")
-def _flatten(graph: Graph, node: Node) -> list[type_and_shape]:
+def _flatten(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     if shapes is None:
         return [(_dtype(node), None)]
@@ -319,7 +319,7 @@ def _flatten(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Concat")
-def _concat(graph: Graph, node: Node) -> list[type_and_shape]:
+def _concat(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     if shapes is None:
         return [(_dtype(node), None)]
@@ -339,7 +339,7 @@ def _agree(candidates: Any) -> Dim:
 
 
 @rule("Split")
-def _split(graph: Graph, node: Node) -> list[type_and_shape]:
+def _split(graph: Graph, node: Node) -> list[Inferred]:
     shapes, sizes, count = _shapes(node, 0), parameter(node, "split", 1), len(node.outputs)
     if shapes is None:
         return [(_dtype(node), None)] * count
@@ -353,7 +353,7 @@ def _split(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Slice")
-def _slice(graph: Graph, node: Node) -> list[type_and_shape]:
+def _slice(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node, 0)
     if shapes is None:
         return [(_dtype(node), None)]
@@ -407,7 +407,7 @@ def clamp(bound: Dim, dim: Dim) -> Dim:
 
 
 @rule("Gather")
-def _gather(graph: Graph, node: Node) -> list[type_and_shape]:
+def _gather(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     if shapes is None:
         return [(_dtype(node), None)]
@@ -417,13 +417,13 @@ def _gather(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("GatherElements")
-def _gather_elements(graph: Graph, node: Node) -> list[type_and_shape]:
+def _gather_elements(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node, 1)
     return [(_dtype(node), shapes[0] if shapes else None)]
 
 
 @rule("GatherND")
-def _gather_nd(graph: Graph, node: Node) -> list[type_and_shape]:
+def _gather_nd(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     if shapes is None or not isinstance(shapes[1][-1], int):
         return [(_dtype(node), None)]
@@ -433,7 +433,7 @@ def _gather_nd(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Expand")
-def _expand(graph: Graph, node: Node) -> list[type_and_shape]:
+def _expand(graph: Graph, node: Node) -> list[Inferred]:
     wanted, shapes = parameter(node, "shape", 1), _shapes(node, 0)
     if wanted is None or shapes is None:
         return [(_dtype(node), None)]
@@ -441,7 +441,7 @@ def _expand(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Tile")
-def _tile(graph: Graph, node: Node) -> list[type_and_shape]:
+def _tile(graph: Graph, node: Node) -> list[Inferred]:
     repeats, shapes = parameter(node, "repeats", 1), _shapes(node, 0)
     if repeats is None or shapes is None:
         return [(_dtype(node), (None,) * len(shapes[0]) if shapes else None)]
@@ -449,7 +449,7 @@ def _tile(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Shape")
-def _shape(graph: Graph, node: Node) -> list[type_and_shape]:
+def _shape(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     return [(DType.INT64, (len(_shape_part(node, shapes[0])),) if shapes else (None,))]
 
@@ -458,19 +458,25 @@ def _shape_part(node: Node, shape: Shape) -> Shape:
     return shape[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
 
 
+@rule("Constant")
+def _constant(graph: Graph, node: Node) -> list[Inferred]:
+    kinds = {"value_float": (DType.FLOAT32, ()), "value_int": (DType.INT64, ())}
+    return [next((kinds[name] for name in node.attributes if name in kinds), (None, None))]
+
+
 @rule("Size")
-def _size(graph: Graph, node: Node) -> list[type_and_shape]:
+def _size(graph: Graph, node: Node) -> list[Inferred]:
     return [(DType.INT64, ())]
 
 
 @rule("Dims", domain=FUSER)
-def _dims(graph: Graph, node: Node) -> list[type_and_shape]:
+def _dims(graph: Graph, node: Node) -> list[Inferred]:
     found = node.attributes["dims"]
     return [(DType.INT64, (len(found),) if isinstance(found, tuple) else ())]
 
 
 @rule("Range")
-def _range(graph: Graph, node: Node) -> list[type_and_shape]:
+def _range(graph: Graph, node: Node) -> list[Inferred]:
     start, limit, step = (content(node.input(i)) for i in range(3))
     if start is None or limit is None or step != 1:
         return [(_dtype(node), (None,))]
@@ -478,7 +484,7 @@ def _range(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("ConstantOfShape")
-def _constant_of_shape(graph: Graph, node: Node) -> list[type_and_shape]:
+def _constant_of_shape(graph: Graph, node: Node) -> list[Inferred]:
     value = node.attributes.get("value")
     dtype = DType.FLOAT32 if value is None else value.dtype
     return [(dtype, parameter(node, "shape", 0))]
@@ -488,7 +494,7 @@ def _constant_of_shape(graph: Graph, node: Node) -> list[type_and_shape]:
     "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
     "ReduceLogSum", "ReduceLogSumExp",
 )  # fmt: skip
-def _reduce(graph: Graph, node: Node) -> list[type_and_shape]:
+def _reduce(graph: Graph, node: Node) -> list[Inferred]:
     shapes, axes = _shapes(node, 0), parameter(node, "axes", 1)
     if shapes is None or (axes is None and not is_absent(node, "axes", 1)):
         return [(_dtype(node), None)]
@@ -502,7 +508,7 @@ def _reduce(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("ArgMax", "ArgMin")
-def _arg_reduce(graph: Graph, node: Node) -> list[type_and_shape]:
+def _arg_reduce(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node)
     if shapes is None:
         return [(DType.INT64, None)]
@@ -512,7 +518,7 @@ def _arg_reduce(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("TopK")
-def _top_k(graph: Graph, node: Node) -> list[type_and_shape]:
+def _top_k(graph: Graph, node: Node) -> list[Inferred]:
     shapes, k = _shapes(node, 0), parameter(node, "k", 1)
     if shapes is None:
         return [(_dtype(node), None), (DType.INT64, None)]
@@ -522,7 +528,7 @@ def _top_k(graph: Graph, node: Node) -> list[type_and_shape]:
 
 
 @rule("Attention")
-def _attention(graph: Graph, node: Node) -> list[type_and_shape]:
+def _attention(graph: Graph, node: Node) -> list[Inferred]:
     shapes = _shapes(node, 0, 1, 2)
     if shapes is None:
         return [(_dtype(node), None)] * 4
@@ -549,7 +555,7 @@ def _attention(graph: Graph, node: Node) -> list[type_and_shape]:
     ]
 
 
-def _fallback(graph: Graph, node: Node) -> list[type_and_shape]:
+def _fallback(graph: Graph, node: Node) -> list[Inferred]:
     """ONNX's own inference for a standard operator, with every symbolic dim passed through by name."""
     from fuser.onnx_nodes import node_proto  # the exporter's spelling; imported late to keep the layers apart
 
@@ -575,7 +581,7 @@ def _fallback(graph: Graph, node: Node) -> list[type_and_shape]:
         )
     except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         return []
-    results: list[type_and_shape] = []
+    results: list[Inferred] = []
     for value in node.outputs:
         tensor = found[value.name].tensor_type if value.name in found else None
         if tensor is None or not tensor.elem_type:

@@ -1,1 +1,28 @@
 """One file per fusion: its meaning, the source graphs exporters write for it, and its lowerings."""
+
+from fuser.fused import FusedOp
+from fuser.patterns.gated_mlp import gated_mlp
+from fuser.patterns.gelu import gelu
+from fuser.patterns.gelu_tanh import gelu_tanh
+from fuser.patterns.layer_norm import layer_norm
+from fuser.patterns.packed_linear import packed_linear
+from fuser.patterns.rms_norm import rms_norm
+from fuser.patterns.silu import silu
+from fuser.patterns.skip_layer_norm import skip_layer_norm
+from fuser.patterns.skip_rms_norm import skip_rms_norm
+
+# In the order they are tried: a LayerNorm contains an RMSNorm of the centered input, and the later ones are made of
+# the earlier ones' nodes.
+ALL: tuple[FusedOp, ...] = (
+    layer_norm,
+    rms_norm,
+    skip_layer_norm,
+    skip_rms_norm,
+    silu,
+    gelu,
+    gelu_tanh,
+    gated_mlp,
+    packed_linear,
+)
+
+__all__ = ["ALL"]

@@ -1,0 +1,77 @@
+"""Evaluating nodes of a graph in torch, for constant folding and for the check of every rewrite."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import sympy
+import torch
+
+from fuser import dims, operators
+from fuser.constants import Array, Constant
+from fuser.dtypes import DType
+from fuser.errors import UnsupportedOperator
+from fuser.fused import REGISTRY
+from fuser.graph import FUSER, Node
+
+Symbols = Mapping[sympy.Symbol, int]
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """A torch tensor of a numpy array's elements; bfloat16 included."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16).copy()).view(torch.bfloat16)
+    try:
+        return torch.from_numpy(np.array(array))
+    except TypeError:
+        raise UnsupportedOperator(f"a constant of {array.dtype} cannot be computed with") from None
+
+
+def to_constant(tensor: torch.Tensor) -> Constant:
+    """An in-memory constant of a tensor's elements."""
+    dtype = DType(str(tensor.dtype).removeprefix("torch."))
+    if tensor.dtype == torch.bfloat16:
+        array = tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    else:
+        array = tensor.contiguous().numpy()
+    return Array(array, dtype, tuple(tensor.shape))
+
+
+def evaluate(
+    node: Node,
+    inputs: Sequence[torch.Tensor | None],
+    symbols: Symbols,
+    *,
+    opset: int,
+    float_dtype: torch.dtype | None = None,
+) -> list[torch.Tensor | None]:
+    """A node's outputs. `symbols` give the sizes of the dims its attributes mention.
+
+    With `float_dtype`, everything that would choose a floating type takes that one.
+
+    Raises:
+        FuserError: the operator, or this use of it, is outside the table.
+    """
+    attributes = {name: _plain(value, symbols) for name, value in node.attributes.items()}
+    if node.carried:
+        raise UnsupportedOperator(f"{node.op} carries attributes fuser does not interpret")
+    if node.domain != FUSER:
+        return operators.evaluate(
+            node.op, node.domain, attributes, inputs, outputs=len(node.outputs), opset=opset, float_dtype=float_dtype
+        )
+    if node.op == "Rsqrt" and inputs[0] is not None:
+        return [torch.rsqrt(inputs[0])]
+    if node.op == "Dims":
+        return [torch.tensor(attributes["dims"], dtype=torch.int64)]
+    return list(REGISTRY[node.op].evaluate(inputs, attributes))
+
+
+def _plain(value: Any, symbols: Symbols) -> Any:
+    if isinstance(value, Constant):
+        return to_tensor(value.numpy())
+    if isinstance(value, sympy.Expr):
+        return dims.concrete((value,), symbols)[0]
+    if isinstance(value, tuple) and any(isinstance(item, sympy.Expr) for item in value):
+        return dims.concrete(value, symbols)
+    return list(value) if isinstance(value, tuple) else value

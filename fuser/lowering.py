@@ -1,0 +1,154 @@
+"""From fused nodes to what a target runs: contrib and standard operators, or functions with bodies of standard ones."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fuser.constants import Array
+from fuser.dtypes import DType
+from fuser.errors import UsageError
+from fuser.fused import REGISTRY, FusedOp
+from fuser.graph import FUSER, MICROSOFT, Graph, Node, Value
+from fuser.onnx_nodes import Reference, node_proto
+from fuser.shapes import infer_node
+from fuser.spelling import PARAMETERS, Spelling
+
+TARGETS = {
+    "ort": "standard and com.microsoft operators that stock ONNX Runtime runs on CPU and CUDA",
+    "functions": "fused nodes in the domain 'fuser', each with a body of standard operators",
+}
+
+
+class Emitter:
+    """`op.Name(...)` adds a node to a graph; what lowerings are written with."""
+
+    FLOAT = DType.FLOAT32.onnx
+
+    def __init__(self, graph: Graph, like: Node | None = None, domain: str = "") -> None:
+        self._graph, self._like, self._domain = graph, like, domain
+
+    @property
+    def microsoft(self) -> "Emitter":
+        """The operators ONNX Runtime contributes."""
+        return Emitter(self._graph, self._like, MICROSOFT)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def emit(*inputs: Value | None, outputs: int = 1, **attributes: Any) -> Any:
+            given = list(inputs)
+            while given and given[-1] is None:
+                given.pop()
+            stem = self._like.output.name if self._like else name.lower()
+            node = self._graph.add(name, given, attributes, domain=self._domain, outputs=[stem] * outputs, like=self._like)
+            infer_node(self._graph, node)
+            return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+        return emit
+
+    def constant(self, data: Any, dtype: DType, stem: str = "const") -> Value:
+        return self._graph.constant(Array.of(data, dtype), stem)
+
+    def scalar_like(self, number: float, value: Value) -> Any:
+        """`number` in the type of `value`."""
+        return self.CastLike(self.Constant(value_float=number), value)
+
+    def ones_like_last(self, value: Value) -> Value:
+        """Ones as long as the last axis of `value`, for operators that insist on a weight."""
+        assert value.shape is not None and isinstance(value.shape[-1], int) and value.dtype is not None
+        return self.constant(np.ones(value.shape[-1]), value.dtype, "ones")
+
+
+def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
+    """Rewrites a graph into what `target` runs, in ONNX's spelling; returns the functions it needs.
+
+    Raises:
+        UsageError: there is no such target.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
+    functions = _Functions(graph.opset) if target == "functions" else None
+    for node in list(graph.nodes):
+        operator = REGISTRY.get(node.op) if node.domain == FUSER else None
+        if operator is None:
+            continue
+        if functions is not None:
+            functions.call(node, operator)
+        else:
+            _replace(graph, node, operator.lowerings[target])
+    Spelling(graph).spell()
+    return list(functions.bodies.values()) if functions is not None else []
+
+
+def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:
+    operator = REGISTRY[node.op]
+    inputs = node.inputs + [None] * (len(operator.signature.inputs) - len(node.inputs))
+    found = lowering(Emitter(graph, node), *inputs, **node.attributes)
+    for old, new in zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=True):
+        # The name stays with what it named.
+        old.name, new.name = new.name, old.name
+        new.dtype, new.shape = new.dtype or old.dtype, new.shape or old.shape
+        graph.replace(old, new)
+    graph.remove(node)
+
+
+class _Functions:
+    """The functions a graph calls, one for each distinct body."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = max(opset, 15)  # CastLike
+        self.bodies: dict[Any, onnx.FunctionProto] = {}
+
+    def call(self, node: Node, operator: FusedOp) -> None:
+        floats = {name: value for name, value in node.attributes.items() if isinstance(value, float)}
+        baked = {name: value for name, value in node.attributes.items() if name not in floats}
+        present = tuple(value is not None for value in node.inputs)
+        key = (operator.name, tuple(sorted(baked.items())), present, len(node.outputs))
+        if key not in self.bodies:
+            taken = {body.name for body in self.bodies.values()}
+            stem = name = operator.kind_of(node)
+            number = 1
+            while name in taken:
+                number += 1
+                name = f"{stem}_{number}"
+            self.bodies[key] = self._body(name, node, operator, floats, baked)
+        node.op = self.bodies[key].name
+        node.attributes = floats
+
+    def _body(self, name: str, node: Node, operator: FusedOp, floats: dict[str, float], baked: dict[str, Any]) -> onnx.FunctionProto:
+        body = Graph(name, self.opset)
+        arguments = operator.signature.inputs
+        inputs: list[Value | None] = []
+        for i, argument in enumerate(arguments):
+            given = node.input(i)
+            inputs.append(None if given is None else Value(body.fresh_name(argument.name), given.dtype, given.shape))
+        body.inputs = [value for value in inputs if value is not None]
+        attributes = {**baked, **{attribute: Reference(attribute) for attribute in floats}}
+        found = operator.lowerings["functions"](Emitter(body), *inputs, **attributes)
+        body.outputs = list(found) if isinstance(found, (tuple, list)) else [found]
+        for value in body.outputs:
+            value.is_output = True
+        Spelling(body).spell()
+        return function_proto(body, list(floats))
+
+
+def function_proto(body: Graph, attributes: Sequence[str]) -> onnx.FunctionProto:
+    """A graph as a function in fuser's domain; its constants become Constant nodes."""
+    nodes = [
+        onnx.helper.make_node("Constant", [], [value.name], value=onnx.numpy_helper.from_array(value.constant.numpy()))
+        for value in body.constants()
+        if value.constant is not None
+    ]
+    nodes += [node_proto(node) for node in body.nodes]
+    return onnx.helper.make_function(
+        FUSER,
+        body.name,
+        [value.name for value in body.inputs],
+        [value.name for value in body.outputs],
+        nodes,
+        [onnx.helper.make_opsetid("", body.opset)],
+        attributes=list(attributes),
+    )
+
+
+__all__ = ["PARAMETERS", "TARGETS", "Emitter", "lower"]

@@ -1,0 +1,155 @@
+"""Applying patterns: match, check, replace; and keeping the reason wherever that stopped short."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from fuser.checking import Checker, Rewrite
+from fuser.constants import Constant
+from fuser.fused import FusedOp, Source
+from fuser.graph import FUSER, Graph, Node, Origin, Value
+from fuser.matching import CHECK, Failure, Matcher, describe_node, operator_counts
+from fuser.pattern import Match
+
+# How much of a pattern must match before a structural failure counts as a near miss.
+NEAR = 0.6
+NEAR_NODES = 3
+
+
+@dataclass
+class Miss:
+    """A place that looked like a fusion and was not one."""
+
+    fusion: str
+    module: str
+    node: str
+    matched: int
+    total: int
+    line: str
+    expected: str
+    found: str
+    rank: int
+    count: int = 1
+    anchor: Node | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass
+class Outcome:
+    """What matching and rewriting did."""
+
+    fused: dict[str, int] = field(default_factory=dict)
+    misses: list[Miss] = field(default_factory=list)
+    match_s: float = 0.0
+    check_s: float = 0.0
+    checked: int = 0
+    reused: int = 0
+
+
+def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) -> Outcome:
+    """Replaces every place an operator's sources match by one fused node. The graph stays valid after each.
+
+    Args:
+        graph: a canonical graph; changed in place.
+        operators: in the order they are tried; later ones may match earlier ones' nodes.
+        verify: check every rewrite numerically first (each distinct structure once).
+    """
+    outcome, checker = Outcome(), Checker(graph.opset)
+    failures: list[tuple[FusedOp, Failure, Node]] = []
+    for operator in operators:
+        for source in operator.sources:
+            failures += _apply(graph, operator, source, checker if verify else None, outcome)
+        graph.sort()
+    for node in graph.nodes:
+        operator_of_node = next((op for op in operators if node.is_a(op.name, FUSER)), None)
+        if operator_of_node is not None:
+            kind = operator_of_node.kind_of(node)
+            outcome.fused[kind] = outcome.fused.get(kind, 0) + 1
+    outcome.misses = _near_misses(graph, failures)
+    outcome.checked, outcome.reused = checker.checked, checker.reused
+    return outcome
+
+
+def _apply(graph: Graph, operator: FusedOp, source: Source, checker: Checker | None, outcome: Outcome) -> list[tuple[FusedOp, Failure, Node]]:
+    start = perf_counter()
+    checking = outcome.check_s
+    matcher = Matcher(graph, source, operator_counts(graph))
+    for anchor in matcher.candidates():
+        if anchor not in graph.nodes:
+            continue
+        match = matcher.match(anchor)
+        if match is None:
+            continue
+        inputs, attributes = source.read(match)
+        proposal = Rewrite(match.region, match.outputs, operator, inputs, attributes)
+        if checker is not None:
+            before = perf_counter()
+            disagreement = checker.check(proposal)
+            outcome.check_s += perf_counter() - before
+            if disagreement is not None:
+                expected = f"the fused node to compute the same as the {len(match.region)} nodes it replaces"
+                matcher.failures[anchor] = Failure(CHECK, matcher.total, matcher.total, matcher.anchor.line, expected, disagreement, anchor)
+                continue
+        replace(graph, proposal, match)
+    outcome.match_s += perf_counter() - start - (outcome.check_s - checking)
+    return [(operator, failure, anchor) for anchor, failure in matcher.failures.items()]
+
+
+def replace(graph: Graph, proposal: Rewrite, match: Match) -> Node:
+    """Puts the fused node in the region's place; it takes over the region's outputs, names and origins."""
+    operator, region = proposal.operator, match.region
+    inputs = [_input(graph, operator, given, i) for i, given in enumerate(proposal.inputs)]
+    while inputs and inputs[-1] is None:
+        inputs.pop()
+    node = Node(operator.name, inputs, list(match.outputs), dict(proposal.attributes), FUSER)
+    node.origin = Origin.union(part.origin for part in region)
+    node.place = region[-1].place
+    last = max((v.producer.place or 0.0 for v in inputs if v is not None and v.producer is not None), default=0.0)
+    for part in reversed(region):
+        for value in part.outputs:
+            if value not in match.outputs:
+                value.uses.clear()
+        graph.remove(part)
+    shapes = operator.output_shapes(inputs, proposal.attributes)
+    for index, (value, shape) in enumerate(zip(node.outputs, shapes, strict=True)):
+        value.producer, value.index = node, index
+        value.shape = shape
+    graph.insert(node)
+    first = min((user.place or 0.0 for value in node.outputs for user in value.consumers), default=node.place or 0.0)
+    if first <= (node.place or 0.0) or last > (node.place or 0.0):
+        graph.sort()
+    return node
+
+
+def _input(graph: Graph, operator: FusedOp, given: Value | Constant | None, index: int) -> Value | None:
+    if isinstance(given, Constant):
+        return graph.constant(given, f"{operator.name}_{operator.signature.inputs[index].name}")
+    return given
+
+
+def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) -> list[Miss]:
+    """The failures whose place is still unfused, each place's closest one, like ones folded into one, closest first."""
+    closest: dict[Node, tuple[FusedOp, Failure]] = {}
+    for operator, failure, anchor in failures:
+        if anchor not in graph.nodes or not _is_near(failure):
+            continue
+        if anchor not in closest or failure.closeness > closest[anchor][1].closeness:
+            closest[anchor] = (operator, failure)
+    misses: dict[tuple[str, str, int], Miss] = {}
+    for anchor, (operator, failure) in closest.items():
+        place = failure.place if failure.place is not None else anchor
+        key = (operator.name, failure.line, failure.matched)
+        if key in misses:
+            misses[key].count += 1
+            continue
+        module = anchor.origin.module or place.origin.module
+        misses[key] = Miss(
+            operator.name, module, describe_node(place).split(" at ")[-1], failure.matched, failure.total, failure.line,
+            failure.expected, failure.found, failure.rank, anchor=anchor,
+        )  # fmt: skip
+    return sorted(misses.values(), key=lambda miss: (miss.rank, -miss.matched / max(1, miss.total)))
+
+
+def _is_near(failure: Failure) -> bool:
+    if failure.rank != 2:
+        return True
+    return failure.matched >= NEAR_NODES and failure.matched / max(1, failure.total) >= NEAR

@@ -1,0 +1,58 @@
+"""Residual add and RMSNorm in one pass: total = x + skip, y = rms_norm(total); both are used."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fuser.fused import fused_op
+from fuser.patterns.rms_norm import rms_norm
+from fuser.patterns.skip_layer_norm import residual_add, skip_node_takes
+from fuser.pattern import Match, capture, op, optional
+
+
+@fused_op("x[*B, D], skip[*B, D], weight[D]? -> y[*B, D], total[*B, D]")
+def skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor | None = None, *, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + skip), x + skip) for x, skip [*B, D] and weight [D]."""
+    total = x + skip
+    return rms_norm.reference(total, weight, eps=eps), total
+
+
+@skip_rms_norm.source
+def source(x: Any, skip: Any, weight: Any) -> Any:
+    total = x + skip
+    return rms_norm(total, optional(weight), eps=capture("eps")), total
+
+
+@source.attributes
+def _(m: Match) -> dict[str, Any]:
+    residual_add(m)
+    return m.attributes
+
+
+@skip_rms_norm.source
+def contributed(x: Any, skip: Any, weight: Any) -> Any:
+    y, _, _, total = op.microsoft.SkipSimplifiedLayerNormalization(x, skip, weight, epsilon=capture("eps"), outputs=4)
+    return y, total
+
+
+@skip_rms_norm.source
+def contributed_sole(x: Any, skip: Any, weight: Any) -> Any:
+    return op.microsoft.SkipSimplifiedLayerNormalization(x, skip, weight, epsilon=capture("eps"))
+
+
+@skip_rms_norm.lower("ort")
+def _(op: Any, x: Any, skip: Any, weight: Any, *, eps: float) -> Any:
+    if weight is None or not skip_node_takes(x):
+        total = op.Add(x, skip)
+        return rms_norm.lowerings["ort"](op, total, weight, eps=eps), total
+    y, _, _, total = op.microsoft.SkipSimplifiedLayerNormalization(x, skip, weight, epsilon=eps, outputs=4)
+    return y, total
+
+
+@skip_rms_norm.lower("functions")
+def _(op: Any, x: Any, skip: Any, weight: Any, *, eps: Any) -> Any:
+    total = op.Add(x, skip)
+    return rms_norm.lowerings["functions"](op, total, weight, eps=eps), total
+
+
+skip_rms_norm.examples({"B": (2, 3), "D": 20, "eps": 1e-5}, {"B": (7,), "D": 33, "eps": 1e-6})
