@@ -1,0 +1,296 @@
+"""The end-to-end check: the original and the fused model in ONNX Runtime, on inputs as generation would feed them.
+
+What each input is for is read from the graph: token ids index a table of constants, positions reach a sine, states are
+floating-point and come back longer. From that follow decode, prefill, chunk and left-padded batches.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuser.checking import relative_error
+from fuser.dims import Dim
+from fuser.dtypes import DType
+from fuser.errors import VerificationError
+from fuser.evaluation import to_tensor
+from fuser.exporter import Artifact
+from fuser.graph import Graph, Node, Value
+
+WEIGHT_LIMIT_BYTES = 512 << 20  # above this, running two copies is more than a check may cost
+TOLERANCE = {DType.FLOAT64: 2e-5, DType.FLOAT32: 2e-5, DType.FLOAT16: 1e-2, DType.BFLOAT16: 5e-2}
+NOISE_FACTOR = 4.0  # of what ONNX Runtime's own optimizations change in the original
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an input is for, as its readers show it: `tokens`, `positions`, `mask`, `state` or `data`."""
+
+    name: str
+    kind: str
+    dtype: DType
+    shape: tuple[Dim, ...]
+    bound: int = 2  # integers are drawn below this
+
+
+@dataclass
+class Verification:
+    """Outcome of the end-to-end check: the largest relative error of each case, or why there is none."""
+
+    cases: dict[str, float] = field(default_factory=dict)
+    tolerance: float = 0.0
+    skipped: str = ""
+
+    @property
+    def max_relative_error(self) -> float | None:
+        return max(self.cases.values(), default=None)
+
+    @property
+    def passed(self) -> bool:
+        return all(error <= self.tolerance for error in self.cases.values())
+
+    def to_json(self) -> dict[str, Any]:
+        status = "skipped" if self.skipped else "passed" if self.passed else "failed"
+        errors = {name: error if math.isfinite(error) else None for name, error in self.cases.items()}
+        worst = self.max_relative_error
+        return {
+            "status": status,
+            "reason": self.skipped or None,
+            "max_relative_error": worst if worst is not None and math.isfinite(worst) else None,
+            "tolerance": self.tolerance,
+            "cases": errors,
+        }
+
+
+# -- what inputs are for -----------------------------------------------------------------------------------------------
+
+_PLAIN = frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Clip", "Add", "Sub", "Mul", "Where", "Expand", "Slice", "Max", "Min", "Concat", "Transpose", "Flatten"})
+_ROTARY = frozenset({"Sin", "Cos", "RotaryEmbedding"})
+
+
+def roles(graph: Graph) -> list[Role]:
+    """The role of each input of a canonical graph.
+
+    Raises:
+        VerificationError: an input has a type or shape that inputs cannot be made for.
+    """
+    found = []
+    for value in graph.inputs:
+        if value.dtype is None or value.shape is None or value.dtype in (DType.STRING, DType.OTHER):
+            raise VerificationError(f"input '{value.name}' has no tensor type and shape to draw inputs for")
+        found.append(_role(value, value.dtype, value.shape))
+    return found
+
+
+def _role(value: Value, dtype: DType, shape: tuple[Dim, ...]) -> Role:
+    if dtype.is_float:
+        kind = "state" if len(shape) > 2 and not (len(shape) == 4 and shape[1] == 1 and not _concatenated(value)) else "mask" if len(shape) == 2 else "data"
+        return Role(value.name, kind, dtype, shape)
+    bound = _table_size(value)
+    if bound is not None:
+        return Role(value.name, "tokens", dtype, shape, bound)
+    if dtype.is_integer and len(shape) <= 2 and _reaches_rotation(value):
+        return Role(value.name, "positions", dtype, shape)
+    return Role(value.name, "mask" if len(shape) in (2, 4) else "data", dtype, shape)
+
+
+def _concatenated(value: Value) -> bool:
+    return any(node.is_a("Concat") for node in value.consumers)
+
+
+def _table_size(start: Value) -> int | None:
+    """Rows of the constant table that `start` indexes, through at most a few shape operators and offsets."""
+    for node, value in _forward(start, frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten"})):
+        if node.is_a("Gather") and node.input(1) is value:
+            table = node.inputs[0]
+            if table is not None and table.constant is not None and table.shape and isinstance(table.shape[0], int) and len(table.shape) == 2:
+                return table.shape[0]
+    return None
+
+
+def _reaches_rotation(start: Value) -> bool:
+    """Whether a sine is taken of it. A mask whose running sum gives the positions passes a CumSum first."""
+    return any(node.op in _ROTARY for node, _ in _forward(start, _PLAIN | {"MatMul", "Gather"}))
+
+
+def _forward(start: Value, through: frozenset[str]) -> Iterable[tuple[Node, Value]]:
+    seen: set[Node] = set()
+    pending = [(node, start) for node in start.consumers]
+    while pending:
+        node, value = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node, value
+        if node.op in through:
+            pending.extend((user, output) for output in node.outputs for user in output.consumers)
+
+
+# -- inputs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one kind of step."""
+
+    name: str
+    batch: int
+    new: int
+    past: int
+    padding: int = 0
+
+
+CASES = (Case("decode", 1, 1, 5), Case("prefill", 1, 7, 0), Case("chunk", 1, 3, 5), Case("padded", 2, 3, 5, padding=2))
+STATELESS = (Case("short", 1, 1, 0), Case("full", 1, 7, 0), Case("padded", 2, 6, 0, padding=2))
+
+
+def cases(found: list[Role]) -> list[Case]:
+    """The cases a model's fixed dims allow."""
+    has_state = any(role.kind == "state" for role in found)
+    allowed = []
+    for case in CASES if has_state else STATELESS:
+        if case.padding and not any(role.kind == "mask" for role in found):
+            continue
+        if all(_fits(role, case) for role in found):
+            allowed.append(case)
+    if not allowed:
+        # Fixed dims leave one kind of step: the one they describe.
+        batch, new = next(((r.shape[0], r.shape[1]) for r in found if r.kind == "tokens" and len(r.shape) == 2), (1, 1))
+        past = next((dim for r in found if r.kind == "state" for dim in r.shape[2:-1] if isinstance(dim, int)), 5)
+        allowed.append(Case("fixed", batch if isinstance(batch, int) else 1, new if isinstance(new, int) else 1, past))
+    return allowed
+
+
+def _fits(role: Role, case: Case) -> bool:
+    wanted = _sizes(role, case)
+    return all(not isinstance(dim, int) or dim == size for dim, size in zip(role.shape, wanted, strict=True))
+
+
+def _sizes(role: Role, case: Case) -> list[int]:
+    """The shape of an input in a case: symbolic dims take the case's sizes by their place."""
+    rank = len(role.shape)
+    total = case.past + case.new
+    if role.kind == "mask":
+        by_place = {2: [case.batch, total], 4: [case.batch, 1, case.new, total]}.get(rank, [case.batch] * rank)
+    elif role.kind in ("tokens", "positions"):
+        by_place = {1: [case.new], 2: [case.batch, case.new]}.get(rank, [case.batch] * (rank - 1) + [case.new])
+    elif role.kind == "state":
+        by_place = [case.batch] + [case.past] * (rank - 1)
+    else:
+        by_place = [case.batch] + [case.new] * (rank - 1)
+    if role.kind == "state" or rank not in (1, 2, 4):
+        return [dim if isinstance(dim, int) else size for dim, size in zip(role.shape, by_place, strict=True)]
+    return [dim if isinstance(dim, int) and place > 0 and role.kind == "data" else size for place, (dim, size) in enumerate(zip(role.shape, by_place, strict=True))]
+
+
+def feeds(found: list[Role], case: Case) -> dict[str, np.ndarray]:
+    """Inputs of one case: random tokens and states, the mask padded on the left, positions counting real tokens."""
+    random = np.random.default_rng(len(case.name) * 1000 + case.new)
+    total = case.past + case.new
+    attended = np.ones((case.batch, total), np.int64)
+    attended[1:, : case.padding] = 0
+    positions = np.maximum(attended.cumsum(-1) - 1, 0)[:, case.past :]
+    made: dict[str, np.ndarray] = {}
+    for role in found:
+        shape, kind = _sizes(role, case), role.dtype.numpy
+        if role.kind == "tokens":
+            made[role.name] = random.integers(0, role.bound, shape).astype(kind)
+        elif role.kind == "positions":
+            made[role.name] = np.broadcast_to(positions if len(shape) == 2 else positions[0], shape).astype(kind)
+        elif role.kind == "mask" and len(shape) == 2:
+            made[role.name] = attended.astype(kind)
+        elif role.kind == "mask" and len(shape) == 4:
+            causal = np.arange(total) <= np.arange(case.past, total)[:, None]
+            made[role.name] = np.broadcast_to(causal & (attended[:, None, None, :] > 0), shape).astype(kind)
+        elif role.dtype.is_float:
+            made[role.name] = (random.standard_normal(shape) * 0.5).astype(kind)
+        else:
+            made[role.name] = random.integers(0, role.bound, shape).astype(kind)
+    return made
+
+
+# -- running -------------------------------------------------------------------------------------------------------------
+
+
+def session(model: str | bytes, *, optimize: bool) -> Any:
+    """An ONNX Runtime session on the CPU, silent."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def verify(original: str | bytes, artifact: Artifact, found: list[Role], dtype: DType) -> Verification:
+    """Runs the original, with and without ONNX Runtime's optimizations, and the fused model on every case.
+
+    Args:
+        original: the source model's path, or its bytes.
+        artifact: the fused model.
+        found: the inputs' roles.
+        dtype: the coarsest floating type of the model, which sets the tolerance.
+    """
+    outcome = Verification(tolerance=TOLERANCE.get(dtype, 2e-5))
+    try:
+        reference, usual = session(original, optimize=False), session(original, optimize=True)
+    except Exception as error:  # onnxruntime's exceptions share no base but Exception
+        outcome.skipped = f"ONNX Runtime does not run the original: {_first_line(error)}"
+        return outcome
+    with tempfile.TemporaryDirectory(prefix="fuser-") as folder:
+        model: str | bytes = artifact.model.SerializeToString(deterministic=True)
+        if artifact.external:
+            model = str(Path(folder) / "fused.onnx")
+            artifact.write(model)
+        try:
+            fused = session(model, optimize=True)
+        except Exception as error:
+            raise VerificationError(f"ONNX Runtime does not load the fused model: {_first_line(error)}") from None
+        refusal = ""
+        for case in cases(found):
+            inputs = feeds(found, case)
+            try:
+                expected, plain = _run(reference, inputs), _run(usual, inputs)
+            except Exception as error:
+                refusal = f"ONNX Runtime refuses the inputs drawn for the original: {_first_line(error)}"
+                continue
+            try:
+                actual = _run(fused, inputs)
+            except Exception as error:
+                raise VerificationError(f"the fused model fails on {case.name}: {_first_line(error)}") from None
+            outcome.cases[case.name] = worst(actual, expected)
+            outcome.tolerance = max(outcome.tolerance, NOISE_FACTOR * _finite(worst(plain, expected)))
+    if not outcome.cases:
+        outcome.skipped = refusal or "no inputs could be drawn"
+    return outcome
+
+
+def _finite(error: float) -> float:
+    return error if math.isfinite(error) else 0.0
+
+
+def _run(runner: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = [output.name for output in runner.get_outputs()]
+    return dict(zip(names, runner.run(names, dict(inputs)), strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def worst(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """The largest relative error (norm-wise) over a model's outputs."""
+    errors = [0.0]
+    for name, reference in expected.items():
+        if actual[name].shape != reference.shape:
+            return math.inf
+        if reference.dtype.kind in "fV":
+            errors.append(relative_error(to_tensor(actual[name]), to_tensor(reference)))
+        else:
+            errors.append(float(np.mean(actual[name] != reference)) if reference.size else 0.0)
+    return max(errors)
