@@ -37,8 +37,8 @@ DECLINED = {
     "training: what Dropout drops is random": ("test_training_dropout*",),
 }
 
-# Node tests that hold older semantics: up to onnx 1.21, Attention's qk_matmul_output modes 1 and 2 were exchanged and the
-# L2 normalization of a zero vector was NaN. ONNX Runtime has today's modes.
+# Node tests that hold older semantics: up to onnx 1.21, Attention's qk_matmul_output modes 1 and 2 were exchanged and
+# the L2 normalization of a zero vector was NaN. ONNX Runtime has today's modes.
 SUPERSEDED = ("test_attention_*_qk_matmul_bias*", "test_attention_*_qk_matmul_softcap", "test_l2normalization_axis_0")
 
 # Norm-wise relative error allowed against ONNX's reference values: a few units in the last place, as the reference
@@ -111,7 +111,7 @@ def node_test_cases() -> Iterator[tuple[str, onnx.ModelProto, list[tuple[list[An
 
 
 def tensors(folder: Path, stem: str) -> list[onnx.TensorProto]:
-    """input_0.pb, input_1.pb, ... of a data set; the operators in the table have neither sequences nor absent inputs."""
+    """The tensors input_0.pb, input_1.pb, ... of a data set."""
     count = len(list(folder.glob(f"{stem}_*.pb")))
     return [onnx.TensorProto.FromString((folder / f"{stem}_{i}.pb").read_bytes()) for i in range(count)]
 
