@@ -272,6 +272,34 @@ def test_forms_of_older_opsets(op: str, attributes: dict[str, Any], inputs: list
     hold_against_onnx_runtime(op, "", attributes, inputs, [True] * outputs, opset)
 
 
+# (operator, attributes, inputs): what the node tests leave open.
+CURRENT_FORMS: list[tuple[str, dict[str, Any], list[Tensor]]] = [
+    ("TopK", {}, [(10 * normal(40, 50)).round(), torch.tensor([30])]),  # ties
+    ("TopK", {"largest": 0, "axis": 0}, [(10 * normal(40, 50)).round(), torch.tensor([30])]),
+    ("ArgMax", {"axis": 1}, [(2 * normal(40, 50)).round()]),
+    ("Pow", {}, [torch.tensor([2**24 + 1, -3], dtype=torch.int32), torch.tensor([1.0, 3.0])]),
+    ("Pow", {}, [normal(3).abs(), torch.tensor([2, 0, -1])]),
+    ("Mod", {}, [torch.tensor([-7, 7, -7, 6]), torch.tensor([3, -3, -3, 3])]),
+    ("Div", {}, [torch.tensor([-7, 7, -7, 6]), torch.tensor([3, -3, -3, 3])]),
+    ("ReduceMean", {"axes": [0]}, [torch.tensor([[-3, 4], [-4, 5]], dtype=torch.int32)]),
+    ("Conv", {"auto_pad": "SAME_UPPER", "strides": [2, 3]}, [normal(2, 4, 8, 9), normal(6, 4, 3, 4)]),
+    ("Conv", {"auto_pad": "SAME_LOWER", "strides": [2, 3]}, [normal(2, 4, 8, 9), normal(6, 4, 3, 4), normal(6)]),
+    ("Conv", {"auto_pad": "VALID", "group": 2}, [normal(2, 4, 9), normal(6, 2, 3)]),
+    ("Conv", {"pads": [3, 0], "dilations": [2]}, [normal(2, 4, 9), normal(6, 4, 3)]),
+    ("Sign", {}, [torch.tensor([torch.nan, -torch.inf, -0.0, 2.0])]),
+    ("Relu", {}, [torch.tensor([torch.nan, -torch.inf, -0.0, 2.0])]),
+    ("Max", {}, [torch.tensor([torch.nan, 1.0]), torch.tensor([0.0, torch.nan])]),
+    ("Gather", {"axis": -2}, [normal(2, 5, 3), torch.tensor([[0, -1], [-5, 4]])]),
+    ("OneHot", {"axis": 1}, [torch.tensor([[0, -1, 7], [2, 1, -4]]), torch.tensor(3), torch.tensor([0.5, 2.0])]),
+    ("Einsum", {"equation": "bhsd, bhtd -> bhst"}, [normal(2, 3, 4, 5), normal(2, 3, 6, 5)]),
+]
+
+
+@pytest.mark.parametrize(("op", "attributes", "inputs"), CURRENT_FORMS, ids=[c[0] for c in CURRENT_FORMS])
+def test_against_onnx_runtime(op: str, attributes: dict[str, Any], inputs: list[Tensor]) -> None:
+    hold_against_onnx_runtime(op, "", attributes, inputs, [True] * {"TopK": 2}.get(op, 1))
+
+
 CONTRIB: list[tuple[str, dict[str, Any], list[Tensor | None], list[bool]]] = [
     ("SkipLayerNormalization", {}, [normal(2, 3, 13), normal(2, 3, 13), normal(13), normal(13)], [True]),
     (
@@ -299,6 +327,7 @@ CONTRIB: list[tuple[str, dict[str, Any], list[Tensor | None], list[bool]]] = [
     ("FusedMatMul", {"transA": 1, "transB": 1}, [normal(2, 5, 3), normal(2, 7, 5)], [True]),
     ("FusedMatMul", {"transBatchA": 1, "transBatchB": 1}, [normal(3, 2, 5), normal(5, 2, 7)], [True]),
     ("FusedMatMul", {"transBatchA": 1, "transA": 1}, [normal(5, 2, 3), normal(2, 5, 7)], [True]),
+    ("FusedMatMul", {"transBatchA": 1}, [normal(3, 2, 4, 5), normal(2, 4, 5, 7)], [True]),
 ]
 
 
@@ -381,6 +410,29 @@ def test_attention_in_float64() -> None:
     keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
     exact = torch.nn.functional.scaled_dot_product_attention(q, keys, values, visible, enable_gqa=True)
     assert error_of(y, exact, 1e-14) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_attention_hides_what_a_shorter_mask_does_not_reach(dtype: torch.dtype) -> None:
+    q, k, v, mask = normal(2, 2, 3, 8), normal(2, 2, 7, 8), normal(2, 2, 7, 5), normal(3, 4).to(dtype)
+    (y,) = evaluate("Attention", "", {}, [q, k, v, mask])
+    (wanted,) = evaluate("Attention", "", {}, [q, k[:, :, :4], v[:, :, :4], mask])
+    assert error_of(y, wanted) == ""
+
+
+def test_rms_normalization_has_the_dtype_of_its_scale() -> None:
+    x, scale = normal(2, 64, dtype=torch.float16), normal(64)
+    (y,) = evaluate("RMSNormalization", "", {}, [x, scale])
+    (wanted,) = evaluate("RMSNormalization", "", {}, [x.float(), scale])
+    assert error_of(y, wanted) == ""
+
+
+def test_integer_roots_and_logarithms_pass_through_float64() -> None:
+    x = torch.tensor([[2**40, 2**31]])  # the sum of squares is exact in int64 and not in float32
+    (root,) = evaluate("ReduceL2", "", {"keepdims": 0}, [torch.tensor([2**30 + 1])])
+    assert error_of(root, torch.tensor(2**30 + 1)) == ""
+    (logarithm,) = evaluate("ReduceLogSumExp", "", {"keepdims": 0}, [x])
+    assert error_of(logarithm, torch.tensor(2**40)) == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
