@@ -1,3 +1,44 @@
 """fuser: find the transformer in an exported graph, fuse it, prove every rewrite."""
 
+from typing import TYPE_CHECKING, Any
+
+from fuser.errors import (
+    ExpectationError,
+    FuserError,
+    InputError,
+    OutputError,
+    UnsupportedOperator,
+    UsageError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from fuser.api import FusedModel, fuse
+    from fuser.report import Report
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ExpectationError",
+    "FusedModel",
+    "FuserError",
+    "InputError",
+    "OutputError",
+    "Report",
+    "UnsupportedOperator",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "fuse",
+]
+
+_LAZY = {"FusedModel": "fuser.api", "fuse": "fuser.api", "Report": "fuser.report"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the compiler on first use: `import fuser` alone costs nothing."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fuser' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

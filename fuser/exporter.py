@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -35,6 +35,12 @@ class Artifact:
 
     model: ModelProto
     external: list[tuple[TensorProto, Constant]] = field(default_factory=list)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, inside and beside the model."""
+        inside = sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in self.model.graph.initializer if not tensor.external_data)
+        return inside + sum(constant.nbytes for _, constant in self.external)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the model to `path` (and its weights beside it): whole, synced, then renamed into place.
@@ -268,8 +274,3 @@ def _stamp(model: ModelProto, graph: Graph, target: str, fusions: Mapping[str, i
             model.metadata_props.add(key=entry.key, value=entry.value)
     for key, text in ours.items():
         model.metadata_props.add(key=key, value=text)
-
-
-def serialized(artifact: Artifact) -> Iterator[bytes]:
-    """The bytes of a one-file model."""
-    yield artifact.model.SerializeToString(deterministic=True)

@@ -227,7 +227,7 @@ def session(model: str | bytes, *, optimize: bool) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def verify(original: str | bytes, artifact: Artifact, found: list[Role], dtype: DType) -> Verification:
+def compare(original: str | bytes, artifact: Artifact, found: list[Role], dtype: DType) -> Verification:
     """Runs the original, with and without ONNX Runtime's optimizations, and the fused model on every case.
 
     Args:

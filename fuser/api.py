@@ -1,0 +1,158 @@
+"""The Python API: `fuser.fuse(model)` and the FusedModel it returns."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import onnx
+
+from fuser import patterns
+from fuser.canonicalize import canonicalize
+from fuser.dtypes import DType
+from fuser.errors import UsageError, VerificationError
+from fuser.exporter import Artifact, export
+from fuser.graph import Graph
+from fuser.importer import from_proto, read_model
+from fuser.lowering import TARGETS
+from fuser.report import Report, miss_lines
+from fuser.rewriting import rewrite
+from fuser.verification import WEIGHT_LIMIT_BYTES, Verification, compare, roles
+
+Progress = Callable[[str], None]
+
+
+class FusedModel:
+    """A fused model: its graph, its report, and the file it can be saved as."""
+
+    def __init__(self, graph: Graph, report: Report, artifact: Artifact, source: Path | None) -> None:
+        self.graph = graph
+        self.report = report
+        self._artifact, self._source = artifact, source
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model to `path`, whole or not at all; an existing file survives any failure.
+
+        Raises:
+            UsageError: `path` is the source model itself, or a directory.
+            OutputError: the file cannot be written.
+        """
+        check_output(path, self._source)
+        self._artifact.write(path)
+
+    def explain(self) -> str:
+        """What was fused, and every near miss with its reason."""
+        lines = [f"{name}: {count} fused" for name, count in sorted(self.report.fused.items())] or ["nothing fused"]
+        for miss in self.report.misses:
+            lines += ["", *miss_lines(miss)]
+        return "\n".join(lines if self.report.misses else [*lines, "", "no near misses"])
+
+
+def check_output(path: str | os.PathLike[str], source: Path | None) -> None:
+    """Refuses an output that is the input, or a directory, before any work is done."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a directory; give the name of the file to write")
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise UsageError(f"'{path}' is the input; write to another file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"'{path.parent}' is not a folder")
+
+
+def fuse(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    target: str = "ort",
+    dims: Mapping[str, int] | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> FusedModel:
+    """Fuses a transformer exported to ONNX.
+
+    Args:
+        model: a file (opset 13 or newer; external data is found beside it), or a ModelProto with its data inside.
+        target: `ort`: operators of stock ONNX Runtime; `functions`: fused nodes with bodies of standard operators.
+        dims: sizes for named dims of the inputs, e.g. `{"batch": 1}`.
+        verify: prove each rewrite numerically, and compare original and result in ONNX Runtime.
+        progress: called with the name of each stage as it begins.
+
+    Raises:
+        InputError: the model cannot be read or is not supported.
+        UsageError: an unknown target or dim.
+        VerificationError: original and fused model disagree.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
+    path = None if isinstance(model, onnx.ModelProto) else Path(model)
+    report = Report(str(path) if path else "ModelProto", target)
+    note = progress or (lambda stage: None)
+
+    with _stage(report, "read", note):
+        if path is not None:
+            proto = read_model(path)
+        else:
+            proto = onnx.ModelProto()
+            proto.CopyFrom(model)
+        report.nodes_before = len(proto.graph.node)
+        graph = from_proto(proto, path.parent if path else Path(), dims, path)
+        report.weights_bytes_before = _weight_bytes(graph)
+    with _stage(report, "canonicalize", note):
+        canonicalize(graph)
+        found = roles(graph) if verify else []
+    start = perf_counter()
+    note("fuse")
+    outcome = rewrite(graph, patterns.ALL, verify=verify)
+    report.fused, report.misses = outcome.fused, outcome.misses
+    report.checked, report.reused = outcome.checked, outcome.reused
+    report.stages_s["match"], report.stages_s["check"] = outcome.match_s, outcome.check_s
+    report.stages_s["fuse, rest"] = max(0.0, perf_counter() - start - outcome.match_s - outcome.check_s)
+    with _stage(report, "export", note):
+        artifact = export(graph, target, report.fused)
+    report.nodes_after = len(artifact.model.graph.node)
+    report.weights_bytes_after = artifact.weight_bytes
+    fused = FusedModel(graph, report, artifact, path)
+    if not verify:
+        report.verification = Verification(skipped="--no-verify")
+        return fused
+    with _stage(report, "verify", note):
+        largest = max(report.weights_bytes_before, report.weights_bytes_after)
+        if largest > WEIGHT_LIMIT_BYTES:
+            limit = WEIGHT_LIMIT_BYTES >> 20
+            report.verification = Verification(skipped=f"its weights exceed {limit} MiB; every rewrite was proven by itself")
+        else:
+            original = str(path) if path is not None else _bytes(model)
+            report.verification = compare(original, artifact, found, _coarsest(graph))
+    if not report.verification.skipped and not report.verification.passed:
+        cases = ", ".join(f"{name} {error:.1e}" for name, error in report.verification.cases.items())
+        raise VerificationError(
+            f"the fused model differs from the original by more than {report.verification.tolerance:.1e} ({cases}); nothing was written"
+        )
+    return fused
+
+
+@contextmanager
+def _stage(report: Report, name: str, progress: Progress) -> Iterator[None]:
+    progress(name)
+    start = perf_counter()
+    try:
+        yield
+    finally:
+        report.stages_s[name] = perf_counter() - start
+
+
+def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:
+    assert isinstance(model, onnx.ModelProto)
+    return model.SerializeToString()
+
+
+def _weight_bytes(graph: Graph) -> int:
+    distinct = {id(value.constant): value.constant for value in graph.constants() if value.constant is not None}
+    return sum(constant.nbytes for constant in distinct.values())
+
+
+def _coarsest(graph: Graph) -> DType:
+    """The floating type with the fewest bits that the model computes in."""
+    floats = {value.dtype for node in graph.nodes for value in node.outputs if value.dtype is not None and value.dtype.is_float}
+    order = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
+    return next((dtype for dtype in order if dtype in floats), DType.FLOAT32)
