@@ -327,6 +327,16 @@ def reaches(starts: Iterable[Value], stop: Callable[[Node], bool], seen: set[Nod
     return found
 
 
+def is_static(value: Value | None, depth: int = 10) -> bool:
+    """Whether a value is computed from constants and sizes alone, in at most `depth` steps (a quantized weight, say)."""
+    if value is None or value.constant is not None:
+        return True
+    node = value.producer
+    if node is None or depth == 0:
+        return False
+    return node.is_a("Dims", FUSER) or bool(node.inputs) and all(is_static(v, depth - 1) for v in node.inputs)
+
+
 def known(shape: Shape | None) -> tuple[int, ...] | None:
     """`shape` when every dim is an int."""
     if shape is None or not all(isinstance(dim, int) for dim in shape):
@@ -334,4 +344,4 @@ def known(shape: Shape | None) -> tuple[int, ...] | None:
     return tuple(int(dim) for dim in shape)
 
 
-__all__ = ["FUSER", "MICROSOFT", "Dim", "Graph", "Node", "Origin", "Value", "known", "producers", "reaches"]
+__all__ = ["FUSER", "MICROSOFT", "Dim", "Graph", "Node", "Origin", "Value", "is_static", "known", "producers", "reaches"]

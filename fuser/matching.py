@@ -60,6 +60,11 @@ def attribute(node: Node, name: str) -> Any:
     return _default(node.op, node.domain, name)
 
 
+def _is_like(node: Node, wanted: Apply) -> bool:
+    """Whether a node has the operator and, where the pattern names several, the outputs of a pattern's node."""
+    return node.is_a(wanted.op, wanted.domain) and wanted.outputs in (1, len(node.outputs))
+
+
 def _same(wanted: Any, found: Any) -> bool:
     if isinstance(wanted, float) or isinstance(found, float):
         return found is not None and abs(wanted - found) <= 1e-6 * max(abs(wanted), 1e-30)
@@ -102,7 +107,7 @@ class Matcher:
 
     def candidates(self) -> list[Node]:
         """The graph's nodes at which a match may be anchored."""
-        return [node for node in self.graph.nodes if node.is_a(self.anchor.op, self.anchor.domain)]
+        return [node for node in self.graph.nodes if _is_like(node, self.anchor)]
 
     def match(self, node: Node) -> Match | None:
         """The first match anchored at `node`; a failure is kept in `failures`."""
@@ -194,7 +199,7 @@ class Matcher:
             else:
                 self._fail(STRUCTURE, wanted, f"the {wanted.op} at {bound.origin.sources[0] if bound.origin.sources else bound.name} again", describe(value), node)
             return
-        if node is None or value is None or not node.is_a(wanted.op, wanted.domain) or value.index != pattern.index:
+        if node is None or value is None or not _is_like(node, wanted) or value.index != pattern.index:
             self._fail(STRUCTURE, wanted, str(wanted), describe(value), node)
             return
         captured: dict[str, Any] = {}
@@ -258,7 +263,7 @@ class Matcher:
                 return [
                     user.outputs[pattern.index]
                     for user in users
-                    if user.is_a(pattern.node.op, pattern.node.domain) and pattern.index < len(user.outputs)
+                    if _is_like(user, pattern.node)
                 ]
         return []
 

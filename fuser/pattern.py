@@ -96,6 +96,7 @@ class Apply:
     inputs: tuple[Pattern | None, ...]
     attributes: dict[str, Any]
     line: str
+    outputs: int = 1
 
     def __str__(self) -> str:
         inputs = [_brief(p) for p in self.inputs]
@@ -146,7 +147,7 @@ def _pattern(x: Any) -> Pattern | None:
 
 
 def _apply(name: str, inputs: Sequence[Any], attributes: dict[str, Any] | None = None, domain: str = "", outputs: int = 1) -> Any:
-    node = Apply(name, domain, tuple(_pattern(x) for x in inputs), attributes or {}, _caller())
+    node = Apply(name, domain, tuple(_pattern(x) for x in inputs), attributes or {}, _caller(), outputs)
     return Result(node) if outputs == 1 else tuple(Result(node, i) for i in range(outputs))
 
 

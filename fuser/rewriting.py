@@ -102,8 +102,6 @@ def replace(graph: Graph, proposal: Rewrite, match: Match) -> Node:
         inputs.pop()
     node = Node(operator.name, inputs, list(match.outputs), dict(proposal.attributes), FUSER)
     node.origin = Origin.union(part.origin for part in region)
-    node.place = region[-1].place
-    last = max((v.producer.place or 0.0 for v in inputs if v is not None and v.producer is not None), default=0.0)
     for part in reversed(region):
         for value in part.outputs:
             if value not in match.outputs:
@@ -113,9 +111,14 @@ def replace(graph: Graph, proposal: Rewrite, match: Match) -> Node:
     for index, (value, shape) in enumerate(zip(node.outputs, shapes, strict=True)):
         value.producer, value.index = node, index
         value.shape = shape
+    # It stands where the region ended, or where it began when something in between reads what it makes.
+    last_input = max((v.producer.place or 0.0 for v in inputs if v is not None and v.producer is not None), default=-1.0)
+    first_reader = min((user.place or 0.0 for value in node.outputs for user in value.consumers), default=float("inf"))
+    places = [part.place or 0.0 for part in (region[-1], region[0])]
+    fitting = [place for place in places if last_input < place < first_reader]
+    node.place = fitting[0] if fitting else places[0]
     graph.insert(node)
-    first = min((user.place or 0.0 for value in node.outputs for user in value.consumers), default=node.place or 0.0)
-    if first <= (node.place or 0.0) or last > (node.place or 0.0):
+    if not fitting:
         graph.sort()
     return node
 

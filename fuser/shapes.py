@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
+import sympy
 
 from fuser import dims
 from fuser.dims import Dim, Shape
@@ -117,12 +118,22 @@ def broadcast(*shapes: Shape) -> tuple[Dim | None, ...]:
                 continue
             if merged == 1:
                 merged = dim
-            elif merged is None or (not isinstance(merged, int) and not isinstance(dim, int)):
-                merged = None
+            elif merged is None:
+                continue
+            elif not isinstance(merged, int) and not isinstance(dim, int):
+                merged = _one_of(merged, dim)
             elif isinstance(dim, int):
                 merged = dim
         result.append(merged)
     return tuple(result)
+
+
+def _one_of(a: Dim, b: Dim) -> Dim | None:
+    """Two sizes that must be equal, or one of them 1: `Min(n, c)` against `n` (a slice of a table of c rows) is n."""
+    for clamped, size in ((a, b), (b, a)):
+        if isinstance(clamped, sympy.Min) and size in clamped.args and all(x == size or (x.is_Integer and x > 1) for x in clamped.args):
+            return size
+    return None
 
 
 def _shapes(node: Node, *indices: int) -> list[Shape] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fuser.constants import Array, Constant, Joined
 from fuser.dims import Shape
 from fuser.fused import Source, fused_op
-from fuser.graph import FUSER, MICROSOFT, Node, Value
+from fuser.graph import FUSER, MICROSOFT, Node, Value, is_static
 from fuser.pattern import Match, applies, maybe, op, require
 from fuser.patterns.gated_mlp import gated_mlp
 
@@ -43,13 +43,6 @@ def _(node: Node) -> str:
 CONTRACTIONS = {("", "Attention"), ("", "Einsum"), (MICROSOFT, "MultiHeadAttention"), (MICROSOFT, "GroupQueryAttention")}
 
 
-def _is_static(value: Value | None) -> bool:
-    """Whether a value is computed from constants alone (a weight, quantized or not)."""
-    if value is None or value.constant is not None:
-        return True
-    return value.producer is not None and bool(value.producer.inputs) and all(map(_is_static, value.producer.inputs))
-
-
 def attentions(start: Value) -> set[Node]:
     """The contractions of two activations that `start` flows into before it meets another weight.
 
@@ -64,7 +57,7 @@ def attentions(start: Value) -> set[Node]:
             continue
         seen.add((node, depth))
         if node.is_a("MatMul"):
-            if _is_static(node.input(0)) or _is_static(node.input(1)):
+            if is_static(node.input(0)) or is_static(node.input(1)):
                 continue
             found.add(node)
             depth += 1

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fuser.fused import fused_op
-from fuser.graph import Value
+from fuser.graph import Value, is_static
 from fuser.patterns.layer_norm import layer_norm
 from fuser.pattern import Match, applies, capture, op, optional
 
@@ -26,8 +26,8 @@ def source(x: Any, skip: Any, weight: Any, bias: Any) -> Any:
 
 
 def residual_add(m: Match) -> None:
-    """A residual joins two activations; adding a constant (a bias, a position table) is another thing."""
-    applies(m.x.constant is None and m.skip.constant is None)
+    """A residual joins two activations; adding a bias or a position table is another thing."""
+    applies(not is_static(m.x) and not is_static(m.skip))
 
 
 @source.attributes
