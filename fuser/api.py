@@ -106,7 +106,7 @@ def fuse(
     report.fused, report.misses = outcome.fused, outcome.misses
     report.checked, report.reused = outcome.checked, outcome.reused
     report.stages_s["match"], report.stages_s["check"] = outcome.match_s, outcome.check_s
-    report.stages_s["fuse, rest"] = max(0.0, perf_counter() - start - outcome.match_s - outcome.check_s)
+    report.stages_s["rewrite"] = max(0.0, perf_counter() - start - outcome.match_s - outcome.check_s)
     with _stage(report, "export", note):
         artifact = export(graph, target, report.fused)
     report.nodes_after = len(artifact.model.graph.node)
@@ -119,14 +119,17 @@ def fuse(
         largest = max(report.weights_bytes_before, report.weights_bytes_after)
         if largest > WEIGHT_LIMIT_BYTES:
             limit = WEIGHT_LIMIT_BYTES >> 20
-            report.verification = Verification(skipped=f"its weights exceed {limit} MiB; every rewrite was proven by itself")
+            report.verification = Verification(
+                skipped=f"its weights exceed {limit} MiB; every rewrite was proven by itself"
+            )
         else:
             original = str(path) if path is not None else _bytes(model)
             report.verification = compare(original, artifact, found, _coarsest(graph))
     if not report.verification.skipped and not report.verification.passed:
         cases = ", ".join(f"{name} {error:.1e}" for name, error in report.verification.cases.items())
+        tolerance = f"{report.verification.tolerance:.1e}"
         raise VerificationError(
-            f"the fused model differs from the original by more than {report.verification.tolerance:.1e} ({cases}); nothing was written"
+            f"the fused model differs from the original by more than {tolerance} ({cases}); nothing was written"
         )
     return fused
 
@@ -143,7 +146,8 @@ def _stage(report: Report, name: str, progress: Progress) -> Iterator[None]:
 
 def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:
     assert isinstance(model, onnx.ModelProto)
-    return model.SerializeToString()
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def _weight_bytes(graph: Graph) -> int:
@@ -153,6 +157,11 @@ def _weight_bytes(graph: Graph) -> int:
 
 def _coarsest(graph: Graph) -> DType:
     """The floating type with the fewest bits that the model computes in."""
-    floats = {value.dtype for node in graph.nodes for value in node.outputs if value.dtype is not None and value.dtype.is_float}
+    floats = {
+        value.dtype
+        for node in graph.nodes
+        for value in node.outputs
+        if value.dtype is not None and value.dtype.is_float
+    }
     order = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
     return next((dtype for dtype in order if dtype in floats), DType.FLOAT32)

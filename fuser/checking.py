@@ -86,7 +86,15 @@ class Checker:
 class _Trial:
     """One instance: sizes for the symbols, one set of inputs."""
 
-    def __init__(self, rewrite: Rewrite, shrink: dict[int, int], sizes: Sequence[int], scale: float, random: np.random.Generator, opset: int) -> None:
+    def __init__(
+        self,
+        rewrite: Rewrite,
+        shrink: dict[int, int],
+        sizes: Sequence[int],
+        scale: float,
+        random: np.random.Generator,
+        opset: int,
+    ) -> None:
         self.rewrite, self.shrink, self.scale, self.random, self.opset = rewrite, shrink, scale, random, opset
         self.leaves: dict[int, np.ndarray] = {}
         self.given: dict[int, np.ndarray] = {}
@@ -101,11 +109,11 @@ class _Trial:
         mentioned += [dim for node in rewrite.region for value in node.outputs for dim in value.shape or ()]
         names = sorted(dims.symbols(mentioned), key=str)
         self.symbols: dict[sympy.Symbol, int] = {name: sizes[i % len(sizes)] for i, name in enumerate(names)}
-        self.precision = max((PRECISION.get(v.dtype, 0.0) for v in self._floats()), default=1e-6)
+        self.precision = max((PRECISION.get(dtype, 0.0) for dtype in self._floats()), default=1e-6)
 
-    def _floats(self) -> list[Value]:
+    def _floats(self) -> list[DType]:
         values = [*self.outside, *(v for node in self.rewrite.region for v in node.outputs)]
-        return [value for value in values if value.dtype is not None and value.dtype.is_float]
+        return [value.dtype for value in values if value.dtype is not None and value.dtype.is_float]
 
     def run(self) -> str | None:
         truth = self._region(torch.float64)
@@ -123,7 +131,9 @@ class _Trial:
             error = relative_error(exact[i], truth[i])
             if not error <= self.precision:
                 return f"output {i} differs by {error:.1e} of its norm in float64 (sizes {self._sizes()})"
-            allowed = max(NATIVE_RATIO * relative_error(native[i], truth[i]), 4 * torch.finfo(native[i].dtype).eps, self.precision)
+            allowed = max(
+                NATIVE_RATIO * relative_error(native[i], truth[i]), 4 * torch.finfo(native[i].dtype).eps, self.precision
+            )
             if not relative_error(fused[i], truth[i]) <= allowed:
                 return f"output {i} is less precise than the region in {value.dtype}"
         return None
@@ -202,18 +212,29 @@ def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
     mentioned: set[int] = set()
     for node in rewrite.region:
         for attribute in node.attributes.values():
-            mentioned.update(x for x in (attribute if isinstance(attribute, tuple) else (attribute,)) if isinstance(x, int))
+            mentioned.update(
+                x for x in (attribute if isinstance(attribute, tuple) else (attribute,)) if isinstance(x, int)
+            )
     for attribute in rewrite.attributes.values():
         mentioned.update(x for x in (attribute if isinstance(attribute, tuple) else (attribute,)) if isinstance(x, int))
     inputs = {id(x) for x in rewrite.inputs if isinstance(x, Value)}
-    drawn = {id(leaf) for x in rewrite.inputs if (c := x.constant if isinstance(x, Value) else x) is not None for leaf in c.leaves()}
+    drawn = {
+        id(leaf)
+        for x in rewrite.inputs
+        if (c := x.constant if isinstance(x, Value) else x) is not None
+        for leaf in c.leaves()
+    }
     sizes: set[int] = set()
     for node in rewrite.region:
         for value in (*node.inputs, *node.outputs):
             if value is None or value.shape is None:
                 continue
             fixed = {dim for dim in value.shape if isinstance(dim, int)}
-            if value.constant is not None and id(value) not in inputs and not all(id(leaf) in drawn for leaf in value.constant.leaves()):
+            if (
+                value.constant is not None
+                and id(value) not in inputs
+                and not all(id(leaf) in drawn for leaf in value.constant.leaves())
+            ):
                 mentioned |= fixed  # its elements are real, so its size is
             sizes |= fixed
     large = sorted(size for size in sizes - mentioned if size > SHRINK_ABOVE)
@@ -223,7 +244,12 @@ def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
 def structure(rewrite: Rewrite) -> Any:
     """What a check depends on: operators, wiring, attributes, shapes, dtypes and the values of interior constants."""
     numbers: dict[int, int] = {}
-    drawn = {id(leaf) for x in rewrite.inputs if (c := x.constant if isinstance(x, Value) else x) is not None for leaf in c.leaves()}
+    drawn = {
+        id(leaf)
+        for x in rewrite.inputs
+        if (c := x.constant if isinstance(x, Value) else x) is not None
+        for leaf in c.leaves()
+    }
 
     def of(value: Value | Constant | None) -> Any:
         if value is None:
@@ -242,9 +268,8 @@ def structure(rewrite: Rewrite) -> Any:
         (node.op, node.domain, _frozen(node.attributes), tuple(map(of, node.inputs)), tuple(map(of, node.outputs)))
         for node in rewrite.region
     )
-    return (
-        rewrite.operator.name, nodes, tuple(map(of, rewrite.inputs)), tuple(map(of, rewrite.outputs)), _frozen(rewrite.attributes),
-    )  # fmt: skip
+    interface = (tuple(map(of, rewrite.inputs)), tuple(map(of, rewrite.outputs)))
+    return (rewrite.operator.name, nodes, interface, _frozen(rewrite.attributes))
 
 
 def _frozen(attributes: dict[str, Any]) -> Any:

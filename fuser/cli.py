@@ -1,7 +1,6 @@
 """The command: `fuse model.onnx -o fused.onnx`."""
 
 import json
-import sys
 import threading
 import traceback
 from pathlib import Path
@@ -82,18 +81,34 @@ def _unmet(report: Any, expected: dict[str, int], strict: bool) -> list[str]:
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def fuse(
     model: Annotated[Path, typer.Argument(help="The ONNX file to fuse.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the fused model; without it, only the report is made.")] = None,
-    target: Annotated[str, typer.Option(help="ort: runs in stock ONNX Runtime. functions: fused nodes with standard bodies.")] = "ort",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Where to write the fused model; without it, only the report is made."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="ort: runs in stock ONNX Runtime. functions: fused nodes with standard bodies.")
+    ] = "ort",
     dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="Fix a named dim of the inputs.")] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove every rewrite, and compare the result with the original.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Prove every rewrite, and compare the result with the original."),
+    ] = True,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show every near miss and its reason.")] = False,
-    expect: Annotated[list[str] | None, typer.Option(metavar="FUSION=N", help="Fail (exit 5, nothing written) unless exactly N were fused.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail (exit 5, nothing written) on any near miss, or if nothing was compared.")] = False,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FUSION=N", help="Fail (exit 5, nothing written) unless exactly N were fused."),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Fail (exit 5, nothing written) on any near miss, or if nothing was compared."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of internal errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Find the transformer in an ONNX file, fuse it, prove every rewrite, and write a file stock ONNX Runtime runs.
 
@@ -118,7 +133,9 @@ def fuse(
         if verbose:
             traceback.print_exc()
         text = str(error).splitlines()[0] if str(error) else ""
-        console.print(f"fuse: internal error, {type(error).__name__}: {text} (-v shows where; please report it)", markup=False)
+        console.print(
+            f"fuse: internal error, {type(error).__name__}: {text} (-v shows where; please report it)", markup=False
+        )
         raise typer.Exit(1) from None
     finally:
         progress.stop()
@@ -174,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -100,7 +100,7 @@ class Proto(Constant):
     shape: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        array = onnx.numpy_helper.to_array(self.proto)
+        array: np.ndarray = onnx.numpy_helper.to_array(self.proto)
         return array[start:stop] if self.shape else array.reshape(1)
 
     def blocks(self) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ model asks the same few questions thousands of times.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TypeAlias
 
 import sympy
@@ -14,7 +14,7 @@ Dim: TypeAlias = int | sympy.Expr
 Shape: TypeAlias = tuple[Dim, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def symbol(name: str) -> sympy.Symbol:
     """The dim called `name`; equal names are the same dim."""
     return sympy.Symbol(name, integer=True, nonnegative=True)

@@ -59,7 +59,8 @@ class DType(StrEnum):
 
     @cached_property
     def numpy(self) -> np.dtype:
-        return np.dtype(_NUMPY.get(self.value, self.value))
+        found: np.dtype = np.dtype(_NUMPY.get(self.value, self.value))
+        return found
 
     @cached_property
     def torch(self) -> torch.dtype:

@@ -39,7 +39,11 @@ class Artifact:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, inside and beside the model."""
-        inside = sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in self.model.graph.initializer if not tensor.external_data)
+        inside = sum(
+            len(tensor.raw_data) or tensor.ByteSize()
+            for tensor in self.model.graph.initializer
+            if not tensor.external_data
+        )
         return inside + sum(constant.nbytes for _, constant in self.external)
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -181,9 +185,21 @@ def _assemble(graph: Graph, functions: list[onnx.FunctionProto]) -> ModelProto:
 
     nodes, names = [], set[str]()
     for node in graph.nodes:
-        name = node.name if node.name and node.name not in names else _unique(node.output.name if node.outputs else node.op, names)
+        name = (
+            node.name
+            if node.name and node.name not in names
+            else _unique(node.output.name if node.outputs else node.op, names)
+        )
         names.add(name)
-        nodes.append(gs.Node(node.op, name, inputs=[tensor(v) for v in node.inputs], outputs=[tensor(v) for v in node.outputs], domain=node.domain or None))
+        nodes.append(
+            gs.Node(
+                node.op,
+                name,
+                inputs=[tensor(v) for v in node.inputs],
+                outputs=[tensor(v) for v in node.outputs],
+                domain=node.domain or None,
+            )
+        )
     linked = gs.Graph(nodes, name=graph.name or "fused", opset=graph.opset, import_domains=_opsets(graph, functions))
     model = gs.export_onnx(linked, do_type_check=False)
     model.ClearField("producer_name")
@@ -245,7 +261,9 @@ def _declared(graph: Graph, value: Value, name: str) -> onnx.ValueInfoProto:
 
 def _value_info(graph: Graph, model: ModelProto) -> None:
     """Types and shapes of what nodes make, in terms of the inputs' dims, for those who read the file."""
-    visible = {symbol for symbol, (value, _) in graph.dim_sources.items() if value.producer is None and "[" not in str(symbol)}
+    visible = {
+        symbol for symbol, (value, _) in graph.dim_sources.items() if value.producer is None and "[" not in str(symbol)
+    }
     outputs = set(graph.outputs)
     for node in graph.nodes:
         for value in node.outputs:

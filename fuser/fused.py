@@ -89,14 +89,22 @@ class Signature:
         for name, dim in zip(names, shape, strict=False):
             same &= bound.setdefault(name, dim) == dim
         known = ", ".join(f"{n}={bound[n]}" for n in argument.dims if not n.startswith("*") and n in bound)
-        require(same, f"{operator}: {argument.name} must be {argument}" + (f" with {known}" if known else "") + f", got {dims.text(shape)}", value)
+        require(
+            same,
+            f"{operator}: {argument.name} must be {argument}"
+            + (f" with {known}" if known else "")
+            + f", got {dims.text(shape)}",
+            value,
+        )
 
     def output_shapes(self, bound: Mapping[str, Any]) -> list[Shape]:
         found: list[Shape] = []
         for argument in self.outputs:
             shape: list[Dim] = []
             for name in argument.dims:
-                shape.extend([bound[f"{name}.{i}"] for i in range(bound[name])] if name.startswith("*") else [bound[name]])
+                shape.extend(
+                    [bound[f"{name}.{i}"] for i in range(bound[name])] if name.startswith("*") else [bound[name]]
+                )
             found.append(tuple(shape))
         return found
 

@@ -140,8 +140,6 @@ class Graph:
         self._counter = 0
         self._last_place = 0.0
 
-    # -- building --------------------------------------------------------------------------------------------------
-
     def fresh_name(self, stem: str) -> str:
         """A value name not used before; `stem` itself where it is free."""
         name = stem
@@ -238,8 +236,6 @@ class Graph:
         copy.dim_sources = {s: (values[id(v)], axis) for s, (v, axis) in self.dim_sources.items() if id(v) in values}
         return copy
 
-    # -- order -----------------------------------------------------------------------------------------------------
-
     def sort(self) -> None:
         """Restores topological order, each node as near to its place as its inputs allow."""
         order: nx.DiGraph = nx.DiGraph()
@@ -271,10 +267,10 @@ class Graph:
             seen.add(id(value))
             yield value
         for node in self.nodes:
-            for value in (*node.inputs, *node.outputs):
-                if value is not None and id(value) not in seen:
-                    seen.add(id(value))
-                    yield value
+            for used in (*node.inputs, *node.outputs):
+                if used is not None and id(used) not in seen:
+                    seen.add(id(used))
+                    yield used
         for value in self.outputs:
             if id(value) not in seen:
                 seen.add(id(value))
@@ -334,7 +330,7 @@ def is_static(value: Value | None, depth: int = 10) -> bool:
     node = value.producer
     if node is None or depth == 0:
         return False
-    return node.is_a("Dims", FUSER) or bool(node.inputs) and all(is_static(v, depth - 1) for v in node.inputs)
+    return node.is_a("Dims", FUSER) or (bool(node.inputs) and all(is_static(v, depth - 1) for v in node.inputs))
 
 
 def known(shape: Shape | None) -> tuple[int, ...] | None:
@@ -344,4 +340,16 @@ def known(shape: Shape | None) -> tuple[int, ...] | None:
     return tuple(int(dim) for dim in shape)
 
 
-__all__ = ["FUSER", "MICROSOFT", "Dim", "Graph", "Node", "Origin", "Value", "is_static", "known", "producers", "reaches"]
+__all__ = [
+    "FUSER",
+    "MICROSOFT",
+    "Dim",
+    "Graph",
+    "Node",
+    "Origin",
+    "Value",
+    "is_static",
+    "known",
+    "producers",
+    "reaches",
+]

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -58,7 +59,9 @@ def read_model(path: Path) -> ModelProto:
     return model
 
 
-def from_proto(model: ModelProto, folder: Path, freeze: Mapping[str, int] | None = None, path: Path | None = None) -> Graph:
+def from_proto(
+    model: ModelProto, folder: Path, freeze: Mapping[str, int] | None = None, path: Path | None = None
+) -> Graph:
     """A Graph from a ModelProto whose external data lies under `folder`. The proto is taken over."""
     where = f"'{path}'" if path else "the model"
     opsets = {entry.domain if entry.domain != "ai.onnx" else "": entry.version for entry in model.opset_import}
@@ -120,12 +123,17 @@ def _inline(model: ModelProto) -> ModelProto:
 
 def _freeze(graph: GraphProto, sizes: Mapping[str, int]) -> None:
     declared = {
-        d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim if d.HasField("dim_param") and d.dim_param
+        d.dim_param
+        for v in graph.input
+        for d in v.type.tensor_type.shape.dim
+        if d.HasField("dim_param") and d.dim_param
     }
     for name, size in sizes.items():
         if name not in declared:
             known = ", ".join(sorted(declared)) or "none"
-            raise UsageError(f"--dim {name}={size}: the model's inputs have no dim called '{name}' (named dims: {known})")
+            raise UsageError(
+                f"--dim {name}={size}: the model's inputs have no dim called '{name}' (named dims: {known})"
+            )
         if size < 0:
             raise UsageError(f"--dim {name}={size}: a dim cannot be negative")
     for info in (*graph.input, *graph.output, *graph.value_info):
@@ -157,7 +165,9 @@ class _Reader:
         # metadata) is read from the protobuf itself, whose nodes stand in the same order.
         bare = GraphProto(name=proto.name)
         for node in proto.node:
-            bare.node.add(op_type=node.op_type, domain=node.domain, name=node.name, input=node.input, output=node.output)
+            bare.node.add(
+                op_type=node.op_type, domain=node.domain, name=node.name, input=node.input, output=node.output
+            )
         for source, full in zip(gs.import_onnx(onnx.helper.make_model(bare)).nodes, proto.node, strict=True):
             self._node(source, full)
         declared = {info.name: info for info in proto.value_info}
@@ -231,14 +241,20 @@ class _Reader:
             constant = Stored(file, offset, dtype, shape)
             length = int(entries.get("length", constant.nbytes))
         except ValueError:
-            raise InputError(f"tensor '{tensor.name}': the offset or length of its external data is not a number") from None
+            raise InputError(
+                f"tensor '{tensor.name}': the offset or length of its external data is not a number"
+            ) from None
         if dtype is DType.OTHER or not dtype.bits or any(dim < 0 for dim in shape):
             raise InputError(f"tensor '{tensor.name}' cannot lie in external data as {dtype}{list(shape)}")
         if length != constant.nbytes:
-            raise InputError(f"tensor '{tensor.name}': {length} bytes of external data, its shape {list(shape)} needs {constant.nbytes}")
+            raise InputError(
+                f"tensor '{tensor.name}': {length} bytes of external data, its shape {list(shape)} needs {constant.nbytes}"
+            )
         size = file.stat().st_size
         if offset < 0 or offset + length > size:
-            raise InputError(f"tensor '{tensor.name}' lies at {offset}..{offset + length} of '{location}', which has only {size} bytes")
+            raise InputError(
+                f"tensor '{tensor.name}' lies at {offset}..{offset + length} of '{location}', which has only {size} bytes"
+            )
         return constant
 
     def _external_file(self, name: str, location: str) -> Path:
@@ -255,7 +271,8 @@ class _Reader:
         return file
 
     def _node(self, source: gs.Node, proto: onnx.NodeProto) -> None:
-        attributes, carried = {}, []
+        attributes: dict[str, Any] = {}
+        carried: list[AttributeProto] = []
         for attribute in proto.attribute:
             if attribute.type == AttributeProto.TENSOR and attribute.t.data_location == TensorProto.EXTERNAL:
                 attributes[attribute.name] = self._constant(attribute.t)
@@ -307,14 +324,19 @@ class _Reader:
             ready.update(map(id, node.outputs))
 
 
-def _constant_node(attributes: dict[str, object]) -> Constant | None:
+def _constant_node(attributes: dict[str, Any]) -> Constant | None:
     """The data of a Constant node, in any of the attributes it may stand in."""
     if len(attributes) != 1:
         return None
     ((key, value),) = attributes.items()
     if isinstance(value, Constant):
         return value
-    kinds = {"value_float": DType.FLOAT32, "value_floats": DType.FLOAT32, "value_int": DType.INT64, "value_ints": DType.INT64}
+    kinds = {
+        "value_float": DType.FLOAT32,
+        "value_floats": DType.FLOAT32,
+        "value_int": DType.INT64,
+        "value_ints": DType.INT64,
+    }
     return Array.of(value, kinds[key]) if key in kinds else None
 
 
@@ -336,7 +358,9 @@ def _outer_names(attribute: AttributeProto) -> Iterator[str]:
     """The names a control-flow body reads from outside itself, in order."""
     for body in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
         own = {info.name for info in body.input} | {tensor.name for tensor in body.initializer}
-        own |= {sparse.values.name for sparse in body.sparse_initializer} | {name for node in body.node for name in node.output}
+        own |= {sparse.values.name for sparse in body.sparse_initializer} | {
+            name for node in body.node for name in node.output
+        }
         for node in body.node:
             yield from (name for name in node.input if name and name not in own)
             for inner in node.attribute:

@@ -40,7 +40,9 @@ class Emitter:
             while given and given[-1] is None:
                 given.pop()
             stem = self._like.output.name if self._like else name.lower()
-            node = self._graph.add(name, given, attributes, domain=self._domain, outputs=[stem] * outputs, like=self._like)
+            node = self._graph.add(
+                name, given, attributes, domain=self._domain, outputs=[stem] * outputs, like=self._like
+            )
             infer_node(self._graph, node)
             return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
@@ -115,7 +117,9 @@ class _Functions:
         node.op = self.bodies[key].name
         node.attributes = floats
 
-    def _body(self, name: str, node: Node, operator: FusedOp, floats: dict[str, float], baked: dict[str, Any]) -> onnx.FunctionProto:
+    def _body(
+        self, name: str, node: Node, operator: FusedOp, floats: dict[str, float], baked: dict[str, Any]
+    ) -> onnx.FunctionProto:
         body = Graph(name, self.opset)
         arguments = operator.signature.inputs
         inputs: list[Value | None] = []

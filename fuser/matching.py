@@ -8,7 +8,7 @@ region is convex.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 from typing import Any
 
@@ -17,7 +17,20 @@ import onnx
 from fuser.dims import text
 from fuser.fused import Source
 from fuser.graph import Graph, Node, Value, reaches
-from fuser.pattern import COMMUTATIVE, Absent, Apply, Capture, CheckFailed, Either, Literal, Match, NotThis, Pattern, Result, Var
+from fuser.pattern import (
+    COMMUTATIVE,
+    Absent,
+    Apply,
+    Capture,
+    CheckFailed,
+    Either,
+    Literal,
+    Match,
+    NotThis,
+    Pattern,
+    Result,
+    Var,
+)
 
 STEP_BUDGET = 20_000  # for one anchor; an ordinary match takes a few dozen
 CHECK, ESCAPE, STRUCTURE = range(3)  # how a candidate failed, the nearest to a match first
@@ -40,7 +53,7 @@ class Failure:
         return (-self.rank, self.matched / max(1, self.total))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _default(op: str, domain: str, name: str) -> Any:
     """The default ONNX gives an attribute that is not there."""
     try:
@@ -101,7 +114,9 @@ class Matcher:
 
     def __init__(self, graph: Graph, source: Source, counts: Mapping[tuple[str, str], int]) -> None:
         self.graph, self.source = graph, source
-        self.anchor = min(source.required, key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node)))
+        self.anchor = min(
+            source.required, key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node))
+        )
         self.total = len(source.required)
         self.failures: dict[Node, Failure] = {}
 
@@ -117,14 +132,16 @@ class Matcher:
         self._outputs: list[Value] = []
         self._steps = 0
         self._best: Failure | None = None
+        found: Match | None = None
         try:
             for _ in self._anchored(node):
                 if (found := self._accept()) is not None:
                     return found
         except _OutOfSteps:
             self._fail(STRUCTURE, self.anchor, "a match within the step budget", f"none in {STEP_BUDGET} steps", node)
-        if self._best is not None:
-            self.failures[node] = self._best
+        best: Failure | None = self._best
+        if best is not None:
+            self.failures[node] = best
         return None
 
     def _anchored(self, node: Node) -> Iterator[None]:
@@ -150,8 +167,6 @@ class Matcher:
                 pending.extend(pattern.alternatives)
             elif isinstance(pattern, Absent):
                 pending.append(pattern.present)
-
-    # -- search ----------------------------------------------------------------------------------------------------
 
     def _solve(self, goals: Goals) -> Iterator[None]:
         """Every way to make each pattern of a chain of goals match its value."""
@@ -197,7 +212,13 @@ class Matcher:
             if node is bound and value is not None and value.index == pattern.index:
                 yield from self._solve(rest)
             else:
-                self._fail(STRUCTURE, wanted, f"the {wanted.op} at {bound.origin.sources[0] if bound.origin.sources else bound.name} again", describe(value), node)
+                self._fail(
+                    STRUCTURE,
+                    wanted,
+                    f"the {wanted.op} at {bound.origin.sources[0] if bound.origin.sources else bound.name} again",
+                    describe(value),
+                    node,
+                )
             return
         if node is None or value is None or not _is_like(node, wanted) or value.index != pattern.index:
             self._fail(STRUCTURE, wanted, str(wanted), describe(value), node)
@@ -208,7 +229,13 @@ class Matcher:
             if isinstance(expected, Capture):
                 captured[expected.name] = actual
             elif not _same(expected, actual):
-                self._fail(STRUCTURE, wanted, f"{wanted.op} with {name}={expected}", f"{name}={actual} at {node.origin.sources[0] if node.origin.sources else node.name}", node)
+                self._fail(
+                    STRUCTURE,
+                    wanted,
+                    f"{wanted.op} with {name}={expected}",
+                    f"{name}={actual} at {node.origin.sources[0] if node.origin.sources else node.name}",
+                    node,
+                )
                 return
         inputs = list(node.inputs)
         if any(extra is not None for extra in inputs[len(wanted.inputs) :]) or node in self._nodes.values():
@@ -222,7 +249,9 @@ class Matcher:
         for order in orders:
             goals = rest
             # Inputs that are nodes of the pattern decide most; they are tried before variables, which match anything.
-            for sub, given in sorted(zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], Result)):
+            for sub, given in sorted(
+                zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], Result)
+            ):
                 goals = (sub, given, goals)
             yield from self._solve(goals)
         self._attributes = before
@@ -260,14 +289,8 @@ class Matcher:
             below = self._reachable(sub)
             if below:
                 users = dict.fromkeys(user for value in below for user in value.consumers)
-                return [
-                    user.outputs[pattern.index]
-                    for user in users
-                    if _is_like(user, pattern.node)
-                ]
+                return [user.outputs[pattern.index] for user in users if _is_like(user, pattern.node)]
         return []
-
-    # -- judging a complete match ------------------------------------------------------------------------------------
 
     def _accept(self) -> Match | None:
         match = Match(dict(self._vars), dict(self._attributes), dict(self._nodes), tuple(self._outputs))
@@ -280,7 +303,13 @@ class Matcher:
                 reader = next((user for user, _ in value.uses if user not in inside), None)
                 if reader is not None or value.pinned:
                     by = describe_node(reader) if reader else "the graph's outputs"
-                    self._fail(ESCAPE, self.anchor, f"{value.name} to be read only inside the match", f"it is read by {by}", node)
+                    self._fail(
+                        ESCAPE,
+                        self.anchor,
+                        f"{value.name} to be read only inside the match",
+                        f"it is read by {by}",
+                        node,
+                    )
                     return None
         try:
             if not convex(region, match.outputs):
@@ -295,8 +324,6 @@ class Matcher:
             self._fail(CHECK, self.anchor, str(failed), found, place or region[-1], complete=True)
             return None
         return match
-
-    # -- remembering failures ----------------------------------------------------------------------------------------
 
     def _mismatch(self, expected: str, value: Value | None) -> None:
         self._fail(STRUCTURE, self.anchor, expected, describe(value), value.producer if value is not None else None)
@@ -317,7 +344,9 @@ class Matcher:
                 self._unreachable(sub)
                 return
 
-    def _fail(self, rank: int, wanted: Apply, expected: str, found: str, place: Node | None, complete: bool = False) -> None:
+    def _fail(
+        self, rank: int, wanted: Apply, expected: str, found: str, place: Node | None, complete: bool = False
+    ) -> None:
         matched = self.total if complete or rank == ESCAPE else min(len(self._nodes), self.total - 1)
         best = self._best
         if best is None or (-rank, matched) > (-best.rank, best.matched):

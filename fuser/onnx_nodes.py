@@ -1,5 +1,6 @@
 """Attributes and nodes between fuser's plain values and ONNX's protobufs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from fuser.errors import InputError
 from fuser.graph import Node
 
 
-
 @dataclass(frozen=True)
 class Reference:
     """Inside a function's body: the value of one of the function's own float attributes."""
@@ -20,7 +20,7 @@ class Reference:
     name: str
 
 
-_READERS = {
+_READERS: dict[int, Callable[[AttributeProto], Any]] = {
     AttributeProto.FLOAT: lambda a: a.f,
     AttributeProto.INT: lambda a: a.i,
     AttributeProto.STRING: lambda a: a.s.decode(),
@@ -56,7 +56,9 @@ def constant_of(tensor: TensorProto) -> Constant:
     if any(dim < 0 for dim in shape):
         raise InputError(f"tensor '{tensor.name}' has a negative dim: {list(shape)}")
     if tensor.HasField("raw_data") and len(tensor.raw_data) != constant.nbytes:
-        raise InputError(f"tensor '{tensor.name}' holds {len(tensor.raw_data)} bytes, its shape {list(shape)} needs {constant.nbytes}")
+        raise InputError(
+            f"tensor '{tensor.name}' holds {len(tensor.raw_data)} bytes, its shape {list(shape)} needs {constant.nbytes}"
+        )
     return constant
 
 

@@ -24,34 +24,34 @@ class Pattern:
     """Something a value can match."""
 
     def __add__(self, other: Any) -> "Pattern":
-        return _apply("Add", (self, other))
+        return _binary("Add", self, other)
 
     def __radd__(self, other: Any) -> "Pattern":
-        return _apply("Add", (other, self))
+        return _binary("Add", other, self)
 
     def __sub__(self, other: Any) -> "Pattern":
-        return _apply("Sub", (self, other))
+        return _binary("Sub", self, other)
 
     def __rsub__(self, other: Any) -> "Pattern":
-        return _apply("Sub", (other, self))
+        return _binary("Sub", other, self)
 
     def __mul__(self, other: Any) -> "Pattern":
-        return _apply("Mul", (self, other))
+        return _binary("Mul", self, other)
 
     def __rmul__(self, other: Any) -> "Pattern":
-        return _apply("Mul", (other, self))
+        return _binary("Mul", other, self)
 
     def __truediv__(self, other: Any) -> "Pattern":
-        return _apply("Div", (self, other))
+        return _binary("Div", self, other)
 
     def __rtruediv__(self, other: Any) -> "Pattern":
-        return _apply("Div", (other, self))
+        return _binary("Div", other, self)
 
     def __matmul__(self, other: Any) -> "Pattern":
-        return _apply("MatMul", (self, other))
+        return _binary("MatMul", self, other)
 
     def __neg__(self) -> "Pattern":
-        return _apply("Neg", (self,))
+        return Result(Apply("Neg", "", (self,), {}, _caller()))
 
 
 @dataclass(eq=False, frozen=True)
@@ -146,7 +146,13 @@ def _pattern(x: Any) -> Pattern | None:
     return Literal(float(x))
 
 
-def _apply(name: str, inputs: Sequence[Any], attributes: dict[str, Any] | None = None, domain: str = "", outputs: int = 1) -> Any:
+def _binary(name: str, a: Any, b: Any) -> "Pattern":
+    return Result(Apply(name, "", (_pattern(a), _pattern(b)), {}, _caller()))
+
+
+def _apply(
+    name: str, inputs: Sequence[Any], attributes: dict[str, Any] | None = None, domain: str = "", outputs: int = 1
+) -> Any:
     node = Apply(name, domain, tuple(_pattern(x) for x in inputs), attributes or {}, _caller(), outputs)
     return Result(node) if outputs == 1 else tuple(Result(node, i) for i in range(outputs))
 

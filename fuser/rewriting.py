@@ -69,7 +69,9 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
     return outcome
 
 
-def _apply(graph: Graph, operator: FusedOp, source: Source, checker: Checker | None, outcome: Outcome) -> list[tuple[FusedOp, Failure, Node]]:
+def _apply(
+    graph: Graph, operator: FusedOp, source: Source, checker: Checker | None, outcome: Outcome
+) -> list[tuple[FusedOp, Failure, Node]]:
     start = perf_counter()
     checking = outcome.check_s
     matcher = Matcher(graph, source, operator_counts(graph))
@@ -87,7 +89,9 @@ def _apply(graph: Graph, operator: FusedOp, source: Source, checker: Checker | N
             outcome.check_s += perf_counter() - before
             if disagreement is not None:
                 expected = f"the fused node to compute the same as the {len(match.region)} nodes it replaces"
-                matcher.failures[anchor] = Failure(CHECK, matcher.total, matcher.total, matcher.anchor.line, expected, disagreement, anchor)
+                matcher.failures[anchor] = Failure(
+                    CHECK, matcher.total, matcher.total, matcher.anchor.line, expected, disagreement, anchor
+                )
                 continue
         replace(graph, proposal, match)
     outcome.match_s += perf_counter() - start - (outcome.check_s - checking)
@@ -112,7 +116,9 @@ def replace(graph: Graph, proposal: Rewrite, match: Match) -> Node:
         value.producer, value.index = node, index
         value.shape = shape
     # It stands where the region ended, or where it began when something in between reads what it makes.
-    last_input = max((v.producer.place or 0.0 for v in inputs if v is not None and v.producer is not None), default=-1.0)
+    last_input = max(
+        (v.producer.place or 0.0 for v in inputs if v is not None and v.producer is not None), default=-1.0
+    )
     first_reader = min((user.place or 0.0 for value in node.outputs for user in value.consumers), default=float("inf"))
     places = [part.place or 0.0 for part in (region[-1], region[0])]
     fitting = [place for place in places if last_input < place < first_reader]

@@ -11,15 +11,26 @@ import sympy
 
 from fuser import dims
 from fuser.constants import Array
+from fuser.content import FAR, content, parameter
 from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Node, Value
-from fuser.shapes import FAR, content, infer_node, parameter
+from fuser.shapes import infer_node
 
 # operator -> (parameter, input index, first opset in which it is an input)
-_REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp")
+_REDUCTIONS = (
+    "ReduceMean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceSumSquare",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+)
 PARAMETERS: dict[str, tuple[tuple[str, int, int], ...]] = {
-    **{op: (("axes", 1, 18),) for op in _REDUCTIONS},
+    **dict.fromkeys(_REDUCTIONS, (("axes", 1, 18),)),
     "ReduceSum": (("axes", 1, 13),),
     "Squeeze": (("axes", 1, 13),),
     "Unsqueeze": (("axes", 1, 13),),
@@ -80,7 +91,9 @@ class Spelling:
         self.graph.prune()
         self.graph.sort()
 
-    def _add(self, op: str, inputs: list[Value | None], attributes: dict[str, Any] | None = None, stem: str = "dims") -> Value:
+    def _add(
+        self, op: str, inputs: list[Value | None], attributes: dict[str, Any] | None = None, stem: str = "dims"
+    ) -> Value:
         node = self.graph.add(op, inputs, attributes, outputs=[stem], like=self._at)
         infer_node(self.graph, node)
         self._parameters(node)
@@ -173,7 +186,8 @@ def reshape_target(value: Value | None, wanted: Shape) -> Shape:
     """A Reshape's target with as few computed dims as possible: 0 keeps a dim in place, one -1 takes the rest."""
     source = value.shape if value is not None and value.shape is not None else ()
     result: list[Dim] = [
-        0 if not isinstance(dim, int) and axis < len(source) and dim == source[axis] else dim for axis, dim in enumerate(wanted)
+        0 if not isinstance(dim, int) and axis < len(source) and dim == source[axis] else dim
+        for axis, dim in enumerate(wanted)
     ]
     left = [axis for axis, dim in enumerate(result) if not isinstance(dim, int)]
     if len(left) == 1:

@@ -66,9 +66,27 @@ class Verification:
         }
 
 
-# -- what inputs are for -----------------------------------------------------------------------------------------------
-
-_PLAIN = frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Clip", "Add", "Sub", "Mul", "Where", "Expand", "Slice", "Max", "Min", "Concat", "Transpose", "Flatten"})
+_PLAIN = frozenset(
+    {
+        "Cast",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Identity",
+        "Clip",
+        "Add",
+        "Sub",
+        "Mul",
+        "Where",
+        "Expand",
+        "Slice",
+        "Max",
+        "Min",
+        "Concat",
+        "Transpose",
+        "Flatten",
+    }
+)
 _ROTARY = frozenset({"Sin", "Cos", "RotaryEmbedding"})
 
 
@@ -88,7 +106,13 @@ def roles(graph: Graph) -> list[Role]:
 
 def _role(value: Value, dtype: DType, shape: tuple[Dim, ...]) -> Role:
     if dtype.is_float:
-        kind = "state" if len(shape) > 2 and not (len(shape) == 4 and shape[1] == 1 and not _concatenated(value)) else "mask" if len(shape) == 2 else "data"
+        kind = (
+            "state"
+            if len(shape) > 2 and not (len(shape) == 4 and shape[1] == 1 and not _concatenated(value))
+            else "mask"
+            if len(shape) == 2
+            else "data"
+        )
         return Role(value.name, kind, dtype, shape)
     bound = _table_size(value)
     if bound is not None:
@@ -107,7 +131,13 @@ def _table_size(start: Value) -> int | None:
     for node, value in _forward(start, frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten"})):
         if node.is_a("Gather") and node.input(1) is value:
             table = node.inputs[0]
-            if table is not None and table.constant is not None and table.shape and isinstance(table.shape[0], int) and len(table.shape) == 2:
+            if (
+                table is not None
+                and table.constant is not None
+                and table.shape
+                and isinstance(table.shape[0], int)
+                and len(table.shape) == 2
+            ):
                 return table.shape[0]
     return None
 
@@ -128,9 +158,6 @@ def _forward(start: Value, through: frozenset[str]) -> Iterable[tuple[Node, Valu
         yield node, value
         if node.op in through:
             pending.extend((user, output) for output in node.outputs for user in output.consumers)
-
-
-# -- inputs --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,7 +211,10 @@ def _sizes(role: Role, case: Case) -> list[int]:
         by_place = [case.batch] + [case.new] * (rank - 1)
     if role.kind == "state" or rank not in (1, 2, 4):
         return [dim if isinstance(dim, int) else size for dim, size in zip(role.shape, by_place, strict=True)]
-    return [dim if isinstance(dim, int) and place > 0 and role.kind == "data" else size for place, (dim, size) in enumerate(zip(role.shape, by_place, strict=True))]
+    return [
+        dim if isinstance(dim, int) and place > 0 and role.kind == "data" else size
+        for place, (dim, size) in enumerate(zip(role.shape, by_place, strict=True))
+    ]
 
 
 def feeds(found: list[Role], case: Case) -> dict[str, np.ndarray]:
@@ -213,9 +243,6 @@ def feeds(found: list[Role], case: Case) -> dict[str, np.ndarray]:
     return made
 
 
-# -- running -------------------------------------------------------------------------------------------------------------
-
-
 def session(model: str | bytes, *, optimize: bool) -> Any:
     """An ONNX Runtime session on the CPU, silent."""
     import onnxruntime
@@ -228,7 +255,7 @@ def session(model: str | bytes, *, optimize: bool) -> Any:
 
 
 def compare(original: str | bytes, artifact: Artifact, found: list[Role], dtype: DType) -> Verification:
-    """Runs the original, with and without ONNX Runtime's optimizations, and the fused model on every case.
+    """Runs the original, without ONNX Runtime's optimizations, and the fused model, with them, on every case.
 
     Args:
         original: the source model's path, or its bytes.
@@ -238,7 +265,7 @@ def compare(original: str | bytes, artifact: Artifact, found: list[Role], dtype:
     """
     outcome = Verification(tolerance=TOLERANCE.get(dtype, 2e-5))
     try:
-        reference, usual = session(original, optimize=False), session(original, optimize=True)
+        reference = session(original, optimize=False)
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         outcome.skipped = f"ONNX Runtime does not run the original: {_first_line(error)}"
         return outcome
@@ -255,7 +282,7 @@ def compare(original: str | bytes, artifact: Artifact, found: list[Role], dtype:
         for case in cases(found):
             inputs = feeds(found, case)
             try:
-                expected, plain = _run(reference, inputs), _run(usual, inputs)
+                expected = _run(reference, inputs)
             except Exception as error:
                 refusal = f"ONNX Runtime refuses the inputs drawn for the original: {_first_line(error)}"
                 continue
@@ -263,15 +290,14 @@ def compare(original: str | bytes, artifact: Artifact, found: list[Role], dtype:
                 actual = _run(fused, inputs)
             except Exception as error:
                 raise VerificationError(f"the fused model fails on {case.name}: {_first_line(error)}") from None
-            outcome.cases[case.name] = worst(actual, expected)
-            outcome.tolerance = max(outcome.tolerance, NOISE_FACTOR * _finite(worst(plain, expected)))
+            outcome.cases[case.name] = error = worst(actual, expected)
+            if error > outcome.tolerance:
+                # Perhaps the model amplifies any rounding: what do ONNX Runtime's own optimizations change in the original?
+                noise = worst(_run(session(original, optimize=True), inputs), expected)
+                outcome.tolerance = max(outcome.tolerance, NOISE_FACTOR * noise if math.isfinite(noise) else 0.0)
     if not outcome.cases:
         outcome.skipped = refusal or "no inputs could be drawn"
     return outcome
-
-
-def _finite(error: float) -> float:
-    return error if math.isfinite(error) else 0.0
 
 
 def _run(runner: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ ACTIVATIONS: dict[str, FusedOp] = {activation.name: activation for activation in
 @fused_op("gate[*B, F], up[*B, F] -> y[*B, F]")
 def gated_mlp(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     """activation(gate) * up for gate, up [*B, F]; `activation` is silu, gelu or gelu_tanh."""
-    return ACTIVATIONS[activation].reference(gate) * up
+    activated: Tensor = ACTIVATIONS[activation].reference(gate)
+    return activated * up
 
 
 def _declare(activation: FusedOp) -> None:

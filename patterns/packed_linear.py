@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fuser.constants import Array, Constant, Joined
@@ -23,7 +24,7 @@ def packed_linear(
 ) -> list[Tensor]:
     """x [*B, D] @ weight [D, N] + bias [N], split along the last axis into `sizes`, which add up to N."""
     y = x @ weight
-    return list((y if bias is None else y + bias).split(list(sizes), dim=-1))
+    return list(torch.split(y if bias is None else y + bias, list(sizes), dim=-1))
 
 
 @packed_linear.shapes
@@ -38,9 +39,12 @@ def _(node: Node) -> str:
     return f"{node.attributes['role']}_linear"
 
 
-# -- what the results are for ----------------------------------------------------------------------------------------
-
-CONTRACTIONS = {("", "Attention"), ("", "Einsum"), (MICROSOFT, "MultiHeadAttention"), (MICROSOFT, "GroupQueryAttention")}
+CONTRACTIONS = {
+    ("", "Attention"),
+    ("", "Einsum"),
+    (MICROSOFT, "MultiHeadAttention"),
+    (MICROSOFT, "GroupQueryAttention"),
+}
 
 
 def attentions(start: Value) -> set[Node]:
@@ -77,9 +81,6 @@ def _role(outputs: Sequence[Value]) -> str | None:
     return "gate_up" if len(outputs) == 2 and any(outputs[1] in gate.inputs for gate in gates) else None
 
 
-# -- sources -----------------------------------------------------------------------------------------------------------
-
-
 def _linear(x: Any, weight: Any, bias: Any) -> Any:
     return maybe((x @ weight) + bias)
 
@@ -107,8 +108,15 @@ def _declare_separate(source: Source, count: int) -> None:
         role = _role(m.outputs)
         applies(role is not None)
         for value in (*weights, *parts(m, "b")):
-            require(value is None or value.constant is not None, "packed_linear: weights and biases must be constants", value)
-        return {"sizes": tuple(w.constant.shape[1] for w in weights if w is not None and w.constant is not None), "role": role}
+            require(
+                value is None or value.constant is not None,
+                "packed_linear: weights and biases must be constants",
+                value,
+            )
+        return {
+            "sizes": tuple(w.constant.shape[1] for w in weights if w is not None and w.constant is not None),
+            "role": role,
+        }
 
     @source.inputs
     def _(m: Match) -> dict[str, Value | Constant | None]:
@@ -139,14 +147,11 @@ def _declare_packed(count: int) -> None:
         applies(m.weight.rank == 2 and m.weight.constant is not None)
         role = _role(m.outputs)
         applies(role is not None)
-        return {"sizes": tuple(value.shape[-1] for value in m.outputs), "role": role}
+        return {"sizes": tuple(value.shape[-1] for value in m.outputs if value.shape), "role": role}
 
 
 _declare_packed(3)
 _declare_packed(2)
-
-
-# -- lowerings ---------------------------------------------------------------------------------------------------------
 
 
 @packed_linear.lower("ort")

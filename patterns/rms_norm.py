@@ -40,7 +40,11 @@ def unweighted(x: Any, eps: Any) -> Any:
 @unweighted.attributes
 def _(m: Match) -> dict[str, Any]:
     for reader in m.outputs[0].consumers:
-        gammas = [v for v in reader.inputs if reader.is_a("Mul") and v is not None and v.constant is not None and v.scalar is None]
+        gammas = [
+            v
+            for v in reader.inputs
+            if reader.is_a("Mul") and v is not None and v.constant is not None and v.scalar is None
+        ]
         require(not gammas, "rms_norm: weight must be [D]", gammas[0] if gammas else None)
     return {"eps": m.scalar("eps")}
 
@@ -57,7 +61,9 @@ def contributed(x: Any, weight: Any) -> Any:
 
 @rms_norm.lower("ort")
 def _(op: Any, x: Any, weight: Any, *, eps: float) -> Any:
-    return op.SimplifiedLayerNormalization(x, op.ones_like_last(x) if weight is None else weight, axis=-1, epsilon=eps, stash_type=1)
+    return op.SimplifiedLayerNormalization(
+        x, op.ones_like_last(x) if weight is None else weight, axis=-1, epsilon=eps, stash_type=1
+    )
 
 
 @rms_norm.lower("functions")

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fuser.fused import fused_op
 from fuser.graph import Value, is_static
-from fuser.patterns.layer_norm import layer_norm
 from fuser.pattern import Match, applies, capture, op, optional
+from fuser.patterns.layer_norm import layer_norm
 
 
 @fused_op("x[*B, D], skip[*B, D], weight[D], bias[D]? -> y[*B, D], total[*B, D]")
@@ -38,7 +38,9 @@ def _(m: Match) -> dict[str, Any]:
 
 @skip_layer_norm.source
 def contributed(x: Any, skip: Any, weight: Any, bias: Any) -> Any:
-    y, _, _, total = op.microsoft.SkipLayerNormalization(x, skip, weight, optional(bias), epsilon=capture("eps"), outputs=4)
+    y, _, _, total = op.microsoft.SkipLayerNormalization(
+        x, skip, weight, optional(bias), epsilon=capture("eps"), outputs=4
+    )
     return y, total
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from fuser.fused import fused_op
+from fuser.pattern import Match, capture, op, optional
 from fuser.patterns.rms_norm import rms_norm
 from fuser.patterns.skip_layer_norm import residual_add, skip_node_takes
-from fuser.pattern import Match, capture, op, optional
 
 
 @fused_op("x[*B, D], skip[*B, D], weight[D]? -> y[*B, D], total[*B, D]")

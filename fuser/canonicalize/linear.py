@@ -1,0 +1,151 @@
+"""Every linear map is MatMul and Add on the rows as the model has them, not flattened for the operator's sake."""
+
+from fuser import dims
+from fuser.canonicalize.rules import become, emit, rule, sole
+from fuser.dims import Shape
+from fuser.graph import Graph, Node, Value
+
+UNARY = frozenset(
+    {
+        "Abs",
+        "Cast",
+        "Ceil",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Log",
+        "Neg",
+        "Reciprocal",
+        "Relu",
+        "Sigmoid",
+        "Sqrt",
+        "Tanh",
+        "Gelu",
+        "Softplus",
+    }
+)
+
+
+@rule("Gemm")
+def _gemm(graph: Graph, node: Node) -> bool:
+    """Gemm is MatMul and Add, like every other linear."""
+    a, b, bias = node.input(0), node.input(1), node.input(2)
+    scale = node.attributes.get("alpha", 1.0) != 1.0 or (bias is not None and node.attributes.get("beta", 1.0) != 1.0)
+    if a is None or b is None or scale or a.dtype is None or not a.dtype.is_float:
+        return False
+    if node.attributes.get("transA"):
+        a = emit(graph, node, "Transpose", [a], {"perm": (1, 0)})
+    if node.attributes.get("transB"):
+        b = emit(graph, node, "Transpose", [b], {"perm": (1, 0)})
+    result = emit(graph, node, "MatMul", [a, b])
+    return become(graph, node, result if bias is None else emit(graph, node, "Add", [result, bias]))
+
+
+def _flattened(value: Value | None, reader: Node) -> Value | None:
+    """What stands behind a Reshape that only merges leading dims, read by `reader` alone."""
+    node = value.producer if value is not None else None
+    if node is None or value is None or not node.is_a("Reshape") or len(node.inputs) > 1 or node.inputs[0] is None:
+        return None
+    before, after = node.inputs[0].shape, value.shape
+    if before is None or after is None or len(after) >= len(before) or not after or before[-1] != after[-1]:
+        return None
+    return node.inputs[0] if _tail(before, after) and not value.pinned else None
+
+
+def _tail(before: Shape, after: Shape) -> bool:
+    """Whether `after` is `before` with leading dims merged into one."""
+    kept = len(after) - 1
+    return (
+        before[len(before) - kept :] == after[1:]
+        and dims.equal(dims.product(before[: len(before) - kept]), after[0]) is True
+    )
+
+
+@rule("MatMul")
+def _flat_matmul(graph: Graph, node: Node) -> bool:
+    """Flattening moves below a linear, where it meets the reshape that undoes it."""
+    whole, weight = _flattened(node.inputs[0], node), node.inputs[1]
+    if whole is None or weight is None or weight.shape is None or len(weight.shape) != 2 or node.output.shape is None:
+        return False
+    return become(
+        graph,
+        node,
+        emit(graph, node, "Reshape", [emit(graph, node, "MatMul", [whole, weight])], {"shape": node.output.shape}),
+    )
+
+
+@rule("Add")
+def _flat_bias(graph: Graph, node: Node) -> bool:
+    for i, bias in ((0, node.inputs[1]), (1, node.inputs[0])):
+        whole = _flattened(node.inputs[i], node)
+        if (
+            whole is not None
+            and bias is not None
+            and bias.shape is not None
+            and len(bias.shape) == 1
+            and node.output.shape is not None
+        ):
+            return become(
+                graph,
+                node,
+                emit(graph, node, "Reshape", [emit(graph, node, "Add", [whole, bias])], {"shape": node.output.shape}),
+            )
+    return False
+
+
+@rule("Reshape")
+def _lift_unflatten(graph: Graph, node: Node) -> bool:
+    """A linear over flattened rows whose result is unflattened works on the unflattened rows."""
+    value, shape = node.inputs[0], node.output.shape
+    if value is None or value.shape is None or shape is None or len(node.inputs) > 1 or not sole(value, node):
+        return False
+    if len(value.shape) != 2 or len(shape) <= 2 or shape[-1] != value.shape[-1]:
+        return False
+    chain: list[Node] = []
+    step = value.producer
+    while step is not None and step.is_a("Add") and (at := _bias_at(step)) is not None:
+        chain.append(step)
+        inner = step.inputs[1 - at]
+        step = inner.producer if sole(inner, step) and inner is not None else None
+    weight = step.input(1) if step is not None and step.is_a("MatMul") else None
+    if step is None or weight is None or weight.shape is None or len(weight.shape) != 2:
+        return False
+    rows = step.inputs[0]
+    if (
+        rows is None
+        or rows.shape is None
+        or len(rows.shape) != 2
+        or rows.producer is None
+        or not rows.producer.is_a("Reshape")
+    ):
+        return False
+    result = emit(
+        graph, step, "MatMul", [emit(graph, step, "Reshape", [rows], {"shape": (*shape[:-1], rows.shape[-1])}), weight]
+    )
+    for add in reversed(chain):
+        result = emit(graph, add, "Add", [result, add.inputs[_bias_at(add) or 0]])
+    return become(graph, node, result)
+
+
+def _bias_at(node: Node) -> int | None:
+    """Which input of an Add is a bias: one dim, while the other has more."""
+    ranks = [None if value is None else value.rank for value in node.inputs]
+    return ranks.index(1) if 1 in ranks and ranks.count(1) == 1 else None
+
+
+@rule(*sorted(UNARY))
+def _flat_unary(graph: Graph, node: Node) -> bool:
+    whole = _flattened(node.inputs[0], node)
+    if whole is None or node.output.shape is None or not sole(node.inputs[0], node):
+        return False
+    return become(
+        graph,
+        node,
+        emit(
+            graph,
+            node,
+            "Reshape",
+            [emit(graph, node, node.op, [whole], dict(node.attributes))],
+            {"shape": node.output.shape},
+        ),
+    )

@@ -1,0 +1,200 @@
+"""Operators that do nothing go: identities, whole slices, chains of which only the last matters."""
+
+from fuser import dims
+from fuser.canonicalize.rules import become, emit, rule
+from fuser.content import clamp, slice_bounds
+from fuser.dims import Dim
+from fuser.graph import Graph, Node
+from fuser.shapes import axis_of, broadcast, infer_node
+
+
+@rule("Identity")
+def _identity(graph: Graph, node: Node) -> bool:
+    value = node.inputs[0]
+    return value is not None and become(graph, node, value)
+
+
+@rule("Dropout")
+def _dropout(graph: Graph, node: Node) -> bool:
+    training = node.input(2)
+    if (len(node.outputs) > 1 and (node.outputs[1].uses or node.outputs[1].pinned)) or node.outputs[0].captured:
+        return False
+    if training is not None and training.scalar != 0:
+        return False
+    value = node.inputs[0]
+    return value is not None and become(graph, node, value)
+
+
+@rule("Cast")
+def _cast(graph: Graph, node: Node) -> bool:
+    value = node.inputs[0]
+    if value is None or value.dtype is None:
+        return False
+    if value.dtype is node.output.dtype:
+        return become(graph, node, value)
+    inner = value.producer
+    if (
+        inner is not None
+        and inner.is_a("Cast")
+        and inner.inputs[0] is not None
+        and value.dtype.is_float
+        and not value.captured
+    ):
+        source = inner.inputs[0]
+        # Widening and coming back is exact; so is widening twice.
+        if source.dtype is not None and source.dtype.is_float and source.dtype.bits < value.dtype.bits:
+            graph.set_input(node, 0, source)
+            return True
+    return False
+
+
+@rule("Reshape", "Expand", "Flatten", "Squeeze", "Unsqueeze", "Tile")
+def _same_shape(graph: Graph, node: Node) -> bool:
+    value, shape = node.inputs[0], node.output.shape
+    if (
+        value is None
+        or value.shape is None
+        or shape is None
+        or (len(node.inputs) > 1 and node.op not in ("Reshape", "Expand"))
+    ):
+        return False
+    return value.shape == shape and become(graph, node, value)
+
+
+@rule("Transpose")
+def _transpose(graph: Graph, node: Node) -> bool:
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        return False
+    order = tuple(node.attributes.get("perm", range(len(value.shape))[::-1]))
+    if order == tuple(range(len(order))):
+        return become(graph, node, value)
+    inner = value.producer
+    if inner is None or not inner.is_a("Transpose") or value.captured or inner.inputs[0] is None:
+        return False
+    first = tuple(inner.attributes.get("perm", range(len(order))[::-1]))
+    node.attributes["perm"] = tuple(first[i] for i in order)
+    graph.set_input(node, 0, inner.inputs[0])
+    return True
+
+
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def _reshape_chain(graph: Graph, node: Node) -> bool:
+    """Only the last of several reshapes matters."""
+    value, shape = node.inputs[0], node.output.shape
+    inner = value.producer if value is not None else None
+    if (
+        inner is None
+        or value is None
+        or shape is None
+        or value.captured
+        or len(node.inputs) > 1
+        or len(inner.inputs) > 1
+    ):
+        return False
+    if inner.domain or inner.op not in ("Reshape", "Flatten", "Squeeze", "Unsqueeze") or inner.inputs[0] is None:
+        return False
+    if 0 in shape or any(
+        symbol not in graph.dim_sources or graph.dim_sources[symbol][0] in (value, node.output)
+        for symbol in dims.symbols(shape)
+    ):
+        return False
+    return become(graph, node, emit(graph, node, "Reshape", [inner.inputs[0]], {"shape": shape}))
+
+
+@rule("Slice")
+def _slice(graph: Graph, node: Node) -> bool:
+    """A slice of everything is nothing; slices that partition one axis are one Split."""
+    value, bounds = node.inputs[0], slice_bounds(node)
+    if value is None or value.shape is None or bounds is None:
+        return False
+    taken = {a: (clamp(s, value.shape[a]), clamp(e, value.shape[a])) for a, (s, e, step) in bounds.items() if step == 1}
+    if len(taken) != len(bounds):
+        return False
+    if all(span == (0, value.shape[axis]) for axis, span in taken.items()):
+        return become(graph, node, value)
+    if len(taken) != 1:
+        return False
+    ((axis, _),) = taken.items()
+    parts: dict[tuple[Dim, Dim], Node] = {}
+    for user in value.consumers:
+        other = slice_bounds(user) if user.is_a("Slice") and user.inputs[0] is value else None
+        if other is None or set(other) != {axis} or other[axis][2] != 1 or user.output.captured:
+            continue
+        parts.setdefault((clamp(other[axis][0], value.shape[axis]), clamp(other[axis][1], value.shape[axis])), user)
+    order = _partition(list(parts), value.shape[axis])
+    if order is None:
+        return False
+    whole = graph.add(
+        "Split",
+        [value],
+        {"axis": axis - len(value.shape), "split": tuple(dims.sub(end, start) for start, end in order)},
+        outputs=[parts[span].output.name for span in order],
+        like=parts[order[0]],
+    )
+    infer_node(graph, whole)
+    for span, part in zip(order, whole.outputs, strict=True):
+        become(graph, parts[span], part)
+    return True
+
+
+def _partition(spans: list[tuple[Dim, Dim]], size: Dim) -> list[tuple[Dim, Dim]] | None:
+    """The spans in order when they tile [0, size) exactly, each once."""
+    if len(spans) < 2 or not all(isinstance(x, int) for span in spans for x in span):
+        return None
+    order = sorted(spans)
+    ends = [0, *(end for _, end in order)]
+    return (
+        order if ends[-1] == size and all(start == end for (start, _), end in zip(order, ends, strict=False)) else None
+    )
+
+
+@rule("Concat", "Sum", "Max", "Min", "Mean")
+def _single(graph: Graph, node: Node) -> bool:
+    if len(node.inputs) == 1:
+        value = node.inputs[0]
+        return value is not None and become(graph, node, value)
+    if node.op == "Concat":
+        # A part of size 0 adds nothing (exporters concatenate empty caches).
+        for i, value in enumerate(node.inputs):
+            if value is not None and value.shape is not None and value.shape[axis_of(node, len(value.shape), 0)] == 0:
+                rest = [v for j, v in enumerate(node.inputs) if j != i]
+                return become(graph, node, emit(graph, node, "Concat", rest, dict(node.attributes)))
+    return False
+
+
+@rule("Add", "Sub", "Mul", "Div")
+def _neutral(graph: Graph, node: Node) -> bool:
+    """x + 0, x - 0, x * 1, x / 1."""
+    neutral = 0.0 if node.op in ("Add", "Sub") else 1.0
+    for i in (1, 0) if node.op in ("Add", "Mul") else (1,):
+        value, other = node.inputs[1 - i], node.inputs[i]
+        if (
+            value is None
+            or other is None
+            or other.scalar != neutral
+            or value.shape is None
+            or value.dtype is not node.output.dtype
+        ):
+            continue
+        if value.shape == node.output.shape:
+            return become(graph, node, value)
+    return False
+
+
+@rule("Add", "Sub", "Mul", "Div", "Where", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or")
+def _needless_expand(graph: Graph, node: Node) -> bool:
+    """An operand need not be expanded to what broadcasting gives anyway."""
+    changed = False
+    for i, value in enumerate(node.inputs):
+        source = value.producer if value is not None else None
+        if source is None or not source.is_a("Expand") or source.inputs[0] is None or source.inputs[0].shape is None:
+            continue
+        shapes = [v.shape if j != i else source.inputs[0].shape for j, v in enumerate(node.inputs) if v is not None]
+        if (
+            all(shape is not None for shape in shapes)
+            and broadcast(*(s for s in shapes if s is not None)) == node.output.shape
+        ):
+            graph.set_input(node, i, source.inputs[0])
+            changed = True
+    return changed

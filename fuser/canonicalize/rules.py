@@ -1,0 +1,58 @@
+"""The table of canonicalization rules, and the two moves they make: emit a node, become a value."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fuser.graph import Graph, Node, Value
+from fuser.shapes import infer_node
+
+Rule = Callable[[Graph, Node], bool]
+RULES: dict[tuple[str, str], list[Rule]] = {}
+GENERAL: list[Rule] = []
+
+# Results differ from call to call: never folded, never shared.
+IMPURE = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
+)
+
+
+def rule(*ops: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Registers a rule for some operators; for every node when none is named."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            RULES.setdefault((domain, op), []).append(function)
+        if not ops:
+            GENERAL.append(function)
+        return function
+
+    return register
+
+
+def emit(
+    graph: Graph,
+    like: Node,
+    op: str,
+    inputs: Iterable[Value | None],
+    attributes: dict[str, Any] | None = None,
+    domain: str = "",
+) -> Value:
+    node = graph.add(op, inputs, attributes, domain=domain, outputs=[like.output.name], like=like)
+    infer_node(graph, node)
+    return node.output
+
+
+def become(graph: Graph, node: Node, new: Value) -> bool:
+    """Replaces a node's only output and removes the node, unless a control-flow body reads it by name."""
+    if any(value.captured for value in node.outputs):
+        return False
+    new.dtype = new.dtype or node.output.dtype
+    graph.replace(node.output, new)
+    if not any(value.uses or value.is_output for value in node.outputs):
+        graph.remove(node)
+    return True
+
+
+def sole(value: Value | None, node: Node) -> bool:
+    """Whether `node` is the only reader of `value`."""
+    return value is not None and not value.pinned and value.consumers == [node]
