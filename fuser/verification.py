@@ -290,8 +290,8 @@ def compare(original: str | bytes, artifact: Artifact, found: list[Role], dtype:
                 actual = _run(fused, inputs)
             except Exception as error:
                 raise VerificationError(f"the fused model fails on {case.name}: {_first_line(error)}") from None
-            outcome.cases[case.name] = error = worst(actual, expected)
-            if error > outcome.tolerance:
+            outcome.cases[case.name] = difference = worst(actual, expected)
+            if difference > outcome.tolerance:
                 # Perhaps the model amplifies any rounding: what do ONNX Runtime's own optimizations change in the original?
                 noise = worst(_run(session(original, optimize=True), inputs), expected)
                 outcome.tolerance = max(outcome.tolerance, NOISE_FACTOR * noise if math.isfinite(noise) else 0.0)
