@@ -11,12 +11,11 @@ from fuser.errors import (
     UsageError,
     VerificationError,
 )
+from fuser.version import __version__
 
 if TYPE_CHECKING:
     from fuser.api import FusedModel, fuse
     from fuser.report import Report
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ExpectationError",

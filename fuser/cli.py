@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import fuser
 from fuser.errors import ExpectationError, FuserError, OutputError, UsageError
+from fuser.version import __version__
 
 QUIET_SECONDS = 2.0
 
@@ -49,7 +49,7 @@ class Progress:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"fuse {fuser.__version__}")
+        print(f"fuse {__version__}")
         raise typer.Exit
 
 

@@ -15,7 +15,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, TensorProto
 
-import fuser
 from fuser import dims
 from fuser.constants import Constant
 from fuser.dtypes import DType
@@ -23,6 +22,7 @@ from fuser.errors import OutputError
 from fuser.graph import FUSER, MICROSOFT, Graph, Value
 from fuser.lowering import lower
 from fuser.onnx_nodes import complete, tensor_proto
+from fuser.version import __version__
 
 INLINE_LIMIT = 256 << 20  # bytes of weights up to which a model is one file
 INLINE_ALWAYS = 1024  # bytes: small constants stay in the model, where shape inference can read them
@@ -283,7 +283,7 @@ def _stamp(model: ModelProto, graph: Graph, target: str, fusions: Mapping[str, i
     model.graph.doc_string = header.graph.doc_string
     model.graph.metadata_props.extend(header.graph.metadata_props)
     ours = {
-        "fuser.version": fuser.__version__,
+        "fuser.version": __version__,
         "fuser.target": target,
         "fuser.fusions": json.dumps(dict(sorted(fusions.items()))),
     }
