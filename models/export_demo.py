@@ -30,12 +30,18 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.model, self.lm_head = lm.model, lm.lm_head
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor,
-                *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """Ids, positions [B, S], mask [B, T], past [B, G, P, Dh] -> logits [B, S, V], present [B, G, T, Dh]."""
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                            past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
         return self.lm_head(hidden), *(state for layer in cache.layers for state in (layer.keys, layer.values))
 
 
@@ -52,8 +58,13 @@ def cases(lm: Any) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
     """Named inputs of `Decoder`: decode, prefill, a chunk on top of a past, and a left-padded batch."""
     c = lm.config
     generator = torch.Generator().manual_seed(0)
-    for name, B, S, P, padding in (("decode", 1, 1, 37, 0), ("prefill", 1, 48, 0, 0), ("chunk", 1, 16, 21, 0),
-                                   ("left-padded batch", 2, 24, 0, 9), ("left-padded decode", 2, 1, 24, 9)):
+    for name, B, S, P, padding in (
+        ("decode", 1, 1, 37, 0),
+        ("prefill", 1, 48, 0, 0),
+        ("chunk", 1, 16, 21, 0),
+        ("left-padded batch", 2, 24, 0, 9),
+        ("left-padded decode", 2, 1, 24, 9),
+    ):
         ids = torch.randint(c.vocab_size, (B, P + S), generator=generator)
         mask = torch.ones(B, P + S, dtype=torch.int64)
         mask[0, :padding] = 0
@@ -75,8 +86,10 @@ def check(path: Path, lm: Any) -> dict[str, float]:
     for name, inputs in cases(lm):
         S = inputs[0].shape[1]
         expected = Decoder(lm)(*inputs)
-        found = session.run(["logits", *cache_names(lm, "present")],
-                            {key: value.numpy() for key, value in zip(names, inputs, strict=True)})
+        found = session.run(
+            ["logits", *cache_names(lm, "present")],
+            {key: value.numpy() for key, value in zip(names, inputs, strict=True)},
+        )
         real = inputs[1].bool()
         errors[name] = 0.0
         for i, (f, e) in enumerate(zip(found, expected, strict=True)):
@@ -95,17 +108,30 @@ def export(lm: Any) -> onnx.ModelProto:
     c = lm.config
     B, S, P = 2, 3, 5
     past = [torch.zeros(B, c.num_key_value_heads, P, c.head_dim) for _ in range(2 * c.num_hidden_layers)]
-    inputs = (torch.zeros(B, S, dtype=torch.int64), torch.ones(B, P + S, dtype=torch.int64),
-              torch.arange(P, P + S).expand(B, S).contiguous(), *past)
+    inputs = (
+        torch.zeros(B, S, dtype=torch.int64),
+        torch.ones(B, P + S, dtype=torch.int64),
+        torch.arange(P, P + S).expand(B, S).contiguous(),
+        *past,
+    )
     batch, sequence, length, total = (torch.export.Dim(name) for name in ("batch", "sequence", "past", "total"))
-    dims = {"input_ids": {0: batch, 1: sequence}, "attention_mask": {0: batch, 1: total},
-            "position_ids": {0: batch, 1: sequence}, "past": tuple({0: batch, 2: length} for _ in past)}
+    dims = {
+        "input_ids": {0: batch, 1: sequence},
+        "attention_mask": {0: batch, 1: total},
+        "position_ids": {0: batch, 1: sequence},
+        "past": tuple({0: batch, 2: length} for _ in past),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each axis of one name but the first warns that it shares the name
         program = torch.onnx.export(
-            Decoder(lm).eval(), inputs, dynamo=True, dynamic_shapes=dims, verbose=False,
+            Decoder(lm).eval(),
+            inputs,
+            dynamo=True,
+            dynamic_shapes=dims,
+            verbose=False,
             input_names=["input_ids", "attention_mask", "position_ids", *cache_names(lm, "past_key_values")],
-            output_names=["logits", *cache_names(lm, "present")])
+            output_names=["logits", *cache_names(lm, "present")],
+        )
     if program is None:
         raise SystemExit("export_demo: torch.onnx.export returned no program")
     model: onnx.ModelProto = program.model_proto

@@ -31,8 +31,16 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 DEMO = Path(__file__).resolve().parent / "demo"
 CONTEXT = 512
 # 1.9 million parameters: float16 weights and the float32 ONNX file together stay under 12 MB.
-SHAPE = {"vocab_size": 1024, "hidden_size": 192, "num_hidden_layers": 5, "intermediate_size": 416,
-         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": CONTEXT}
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 192,
+    "num_hidden_layers": 5,
+    "intermediate_size": 416,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+}
 END = "<|endoftext|>"
 NEW_TOKENS = 64
 PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\ndef main(", "    for i in range(")
@@ -73,8 +81,11 @@ class Source:
 
 def is_table(text: str) -> bool:
     """Whether one module-level assignment fills over `TABLE_SHARE` of the lines; SyntaxError if it is not Python."""
-    spans = [node.end_lineno - node.lineno + 1 for node in ast.parse(text).body
-             if isinstance(node, ast.Assign | ast.AnnAssign) and node.end_lineno]
+    spans = [
+        node.end_lineno - node.lineno + 1
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.end_lineno
+    ]
     return max(spans, default=0) > TABLE_SHARE * len(text.splitlines())
 
 
@@ -102,14 +113,22 @@ def standard_library() -> tuple[list[Source], int]:
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     """A byte-level BPE of the model's vocabulary size; id 0 is `END`, which begins and ends every file."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"], special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=SHAPE["vocab_size"],
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
@@ -134,11 +153,11 @@ def token_stream(tokenizer: Tokenizer, texts: Sequence[str], seed: int) -> list[
 def file_nats(model: Any, files: Sequence[Sequence[int]], batch: int = 32) -> list[float]:
     """Summed cross entropy in nats of each file's ids after the first, in windows of `CONTEXT` new tokens."""
     device = next(model.parameters()).device
-    windows = [(i, ids[at:at + CONTEXT + 1]) for i, ids in enumerate(files) for at in range(0, len(ids) - 1, CONTEXT)]
+    windows = [(i, ids[at : at + CONTEXT + 1]) for i, ids in enumerate(files) for at in range(0, len(ids) - 1, CONTEXT)]
     windows.sort(key=lambda window: len(window[1]))
     nats = torch.zeros(len(files), dtype=torch.float64)
     for at in range(0, len(windows), batch):
-        part = windows[at:at + batch]
+        part = windows[at : at + batch]
         S = len(part[-1][1])
         ids = torch.tensor([[*w, *[0] * (S - len(w))] for _, w in part], device=device)
         kept = torch.arange(S - 1) < torch.tensor([len(w) - 1 for _, w in part])[:, None]
@@ -178,8 +197,11 @@ def train(model: Any, stream: torch.Tensor, held_out: list[list[int]], args: arg
                 best, best_step = loss, step
                 best_weights = {name: value.clone() for name, value in model.state_dict().items()}
             seconds = time.monotonic() - started
-            print(f"step {step:6d} {done:4.0%} {seconds:6.1f} s  held-out {loss:.4f} (best {best:.4f}) nats/token,"
-                  f" last batch {float(train_loss):.4f}", flush=True)
+            print(
+                f"step {step:6d} {done:4.0%} {seconds:6.1f} s  held-out {loss:.4f} (best {best:.4f}) nats/token,"
+                f" last batch {float(train_loss):.4f}",
+                flush=True,
+            )
             model.train()
         if done >= 1:
             break
@@ -199,8 +221,12 @@ def train(model: Any, stream: torch.Tensor, held_out: list[list[int]], args: arg
         step += 1
     model.load_state_dict(best_weights)
     model.eval()
-    return {"steps": step, "best_step": best_step, "seconds": round(time.monotonic() - started, 1),
-            "train_loss_of_last_batch": round(float(train_loss), 4)}
+    return {
+        "steps": step,
+        "best_step": best_step,
+        "seconds": round(time.monotonic() - started, 1),
+        "train_loss_of_last_batch": round(float(train_loss), 4),
+    }
 
 
 @torch.no_grad()
@@ -208,7 +234,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """The greedy completion of `prompt`, without the prompt."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    return str(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def card(record: dict[str, Any]) -> str:
@@ -263,9 +289,13 @@ def main() -> None:
     sources, skipped = standard_library()
     training = [source for source in sources if not source.held_out]
     held_out = [source for source in sources if source.held_out]
-    text = {"train_files": len(training), "train_bytes": sum(len(source.text.encode()) for source in training),
-            "held_out_files": len(held_out), "held_out_bytes": sum(len(source.text.encode()) for source in held_out),
-            "skipped_files": skipped}
+    text = {
+        "train_files": len(training),
+        "train_bytes": sum(len(source.text.encode()) for source in training),
+        "held_out_files": len(held_out),
+        "held_out_bytes": sum(len(source.text.encode()) for source in held_out),
+        "skipped_files": skipped,
+    }
     print(f"Python {platform.python_version()}: {text}", flush=True)
 
     bpe = train_tokenizer([source.text for source in training])
@@ -273,8 +303,9 @@ def main() -> None:
     held_out_files = held_out_ids(bpe, held_out)
     print(f"{len(stream):,} training tokens in {PIECE_PASSES} passes over the text", flush=True)
 
-    config = LlamaConfig(**SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5,
-                         bos_token_id=0, eos_token_id=0)  # no padding id: its embedding would get no gradient
+    config = LlamaConfig(
+        **SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0
+    )  # no padding id: its embedding would get no gradient
     model = LlamaForCausalLM(config).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters on {args.device}", flush=True)
@@ -282,8 +313,15 @@ def main() -> None:
 
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=False)
     model.half().save_pretrained(args.output)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, padding_side="left",
-                  model_max_length=CONTEXT, clean_up_tokenization_spaces=False).save_pretrained(args.output)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        padding_side="left",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(args.output)
 
     # Everything reported is measured on what was saved.
     saved = AutoModel.from_pretrained(args.output, dtype=torch.float32).to(args.device).eval()
@@ -293,19 +331,35 @@ def main() -> None:
             raise SystemExit(f"train_demo: the saved tokenizer encodes {source.path} differently from the trained one")
     nats = file_nats(saved, held_out_files)
     tokens = [len(ids) - 1 for ids in held_out_files]
-    files = {source.path: {"sha256": source.digest, "tokens": count, "nats": round(loss, 3)}
-             for source, count, loss in zip(held_out, tokens, nats, strict=True)}
-    held = {"nats_per_token": sum(nats) / sum(tokens), "tokens": sum(tokens), "files": files,
-            "bits_per_byte": sum(nats) / math.log(2) / text["held_out_bytes"]}
+    files = {
+        source.path: {"sha256": source.digest, "tokens": count, "nats": round(loss, 3)}
+        for source, count, loss in zip(held_out, tokens, nats, strict=True)
+    }
+    held = {
+        "nats_per_token": sum(nats) / sum(tokens),
+        "tokens": sum(tokens),
+        "files": files,
+        "bits_per_byte": sum(nats) / math.log(2) / text["held_out_bytes"],
+    }
     completions = {prompt: complete(saved, tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS}
     hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else "a CPU"
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "device")}
     record = {
-        "hardware": hardware, "parameters": parameters, "shape": SHAPE,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
-        "text": text, "settings": settings, "weight_decays_tried": WEIGHT_DECAYS, "training": run,
-        "completions": completions, "held_out": held,
+        "hardware": hardware,
+        "parameters": parameters,
+        "shape": SHAPE,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "text": text,
+        "settings": settings,
+        "weight_decays_tried": WEIGHT_DECAYS,
+        "training": run,
+        "completions": completions,
+        "held_out": held,
     }
     args.output.joinpath("training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     args.output.joinpath("README.md").write_text(card(record), encoding="utf-8")

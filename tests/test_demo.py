@@ -43,8 +43,16 @@ def proto() -> onnx.ModelProto:
 
 def test_the_folder_fits_in_12_mb() -> None:
     sizes = {path.name: path.stat().st_size for path in DEMO.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "model.onnx", "tokenizer.json",
-            "tokenizer_config.json", "training.json", "README.md"} == set(sizes)
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.onnx",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+        "README.md",
+    } == set(sizes)
     assert sum(sizes.values()) <= 12_000_000, sizes
 
 
@@ -71,13 +79,20 @@ def test_the_onnx_file_generates_what_transformers_generates(lm: Any, tokenizer:
     start = torch.tensor([prompt])
     expected = lm.generate(input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=24)[0].tolist()
     session = ort.InferenceSession(DEMO / "model.onnx", providers=["CPUExecutionProvider"])
-    past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
-            for i in session.get_inputs() if i.name.startswith("past_key_values.")}
+    past = {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past_key_values.")
+    }
     ids, new = list(prompt), prompt
     while len(ids) < len(expected):
         positions = np.arange(len(ids) - len(new), len(ids))[None]
-        feeds = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(ids)), np.int64),
-                 "position_ids": positions, **past}
+        feeds = {
+            "input_ids": np.array([new]),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": positions,
+            **past,
+        }
         outputs = dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
         past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
         new = [int(outputs["logits"][0, -1].argmax())]
@@ -110,7 +125,8 @@ def test_the_held_out_loss_is_the_recorded_one(lm: Any, tokenizer: Any, record: 
     """Measured again on the held-out files that this Python has letter for letter, the smallest first."""
     held_out = record["held_out"]
     assert held_out["nats_per_token"] == pytest.approx(
-        sum(file["nats"] for file in held_out["files"].values()) / held_out["tokens"], rel=1e-5)
+        sum(file["nats"] for file in held_out["files"].values()) / held_out["tokens"], rel=1e-5
+    )
     sources = [s for s in train_demo.standard_library()[0] if s.held_out]
     same = [s for s in sources if held_out["files"].get(s.path, {}).get("sha256") == s.digest]
     same = sorted(same, key=lambda source: len(source.text))[:12]
@@ -138,7 +154,7 @@ def test_a_completed_argument_list_closes_and_is_python(lm: Any, tokenizer: Any)
         if character == ")" and depth == 0:
             break
     assert depth == 0, text
-    function = ast.parse(text[:end + 1] + ": pass").body[0]
+    function = ast.parse(text[: end + 1] + ": pass").body[0]
     assert isinstance(function, ast.FunctionDef)
     assert len(function.args.args) >= 2, text
 
@@ -162,9 +178,19 @@ def test_the_training_stream_holds_the_text_whole(tokenizer: Any) -> None:
 
 def tiny() -> Any:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, intermediate_size=16, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, bos_token_id=0, eos_token_id=0)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            num_hidden_layers=1,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
 
 
 def test_file_nats_is_the_cross_entropy_of_each_file() -> None:
@@ -175,7 +201,7 @@ def test_file_nats_is_the_cross_entropy_of_each_file() -> None:
     for ids in files:
         total = 0.0
         for at in range(0, len(ids) - 1, train_demo.CONTEXT):
-            window = torch.tensor(ids[at:at + train_demo.CONTEXT + 1])
+            window = torch.tensor(ids[at : at + train_demo.CONTEXT + 1])
             with torch.no_grad():
                 total += float(cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="sum"))
         expected.append(total)
