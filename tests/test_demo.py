@@ -32,7 +32,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    return json.loads((DEMO / "training.json").read_text(encoding="utf-8"))
+    stored: dict[str, Any] = json.loads((DEMO / "training.json").read_text(encoding="utf-8"))
+    return stored
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,14 @@ def test_the_held_out_loss_is_the_recorded_one(lm: Any, tokenizer: Any, record: 
     for source, measured in zip(same, nats, strict=True):
         assert measured == pytest.approx(held_out["files"][source.path]["nats"], rel=0.02), source.path
     assert 0 < held_out["bits_per_byte"] < 2  # an untrained model: 3.6
+
+
+def test_the_card_is_the_records_and_the_defaults_are_the_stored_models(record: dict[str, Any]) -> None:
+    assert (DEMO / "README.md").read_text(encoding="utf-8") == train_demo.card(record)
+    tried = {float(decay): nats for decay, nats in record["weight_decays_tried"].items()}
+    assert tried == train_demo.WEIGHT_DECAYS
+    assert record["settings"]["weight_decay"] == min(tried, key=tried.__getitem__)
+    assert record["held_out"]["nats_per_token"] == pytest.approx(min(tried.values()), abs=1e-4)
 
 
 def test_a_completed_argument_list_closes_and_is_python(lm: Any, tokenizer: Any) -> None:
