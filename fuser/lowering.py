@@ -91,6 +91,10 @@ def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:
         old.name, new.name = new.name, old.name
         new.dtype, new.shape = new.dtype or old.dtype, new.shape or old.shape
         graph.replace(old, new)
+        if old.captured:
+            new.captured = True
+            for reader in graph.nodes:
+                reader.captures = tuple(new if value is old else value for value in reader.captures)
     graph.remove(node)
 
 
