@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import math
+import os
 import platform
 import random
 import sysconfig
@@ -171,8 +172,18 @@ def held_out_ids(tokenizer: Tokenizer, sources: Sequence[Source]) -> list[list[i
     return [[0, *tokenizer.encode(source.text).ids, 0] for source in sources]
 
 
+def make_deterministic() -> None:
+    """Ask torch for kernels that add in a fixed order; call it before anything runs on the GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS may otherwise split sums as memory allows
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+
+
 def train(model: Any, stream: torch.Tensor, held_out: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
-    """Train in place, ending at the best held-out loss seen; `stream` [tokens] int64 on the model's device."""
+    """Train in place for `args.steps` steps; `stream` [tokens] int64 on the model's device.
+
+    Nothing but the seed, the steps and the arithmetic decides the weights, unless `args.minutes` cuts the run short.
+    """
     device = stream.device
     cuda = device.type == "cuda"
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -182,48 +193,45 @@ def train(model: Any, stream: torch.Tensor, held_out: list[list[int]], args: arg
     generator = torch.Generator(device).manual_seed(args.seed)
     offsets = torch.arange(CONTEXT + 1, device=device)
     held_out_tokens = sum(len(ids) - 1 for ids in held_out)
-    best, best_step, best_weights, step, evals = math.inf, 0, {}, 0, 0
+    evals = {args.steps * i // args.evals for i in range(args.evals + 1)}
     train_loss: Any = math.nan
     started = time.monotonic()
-    while True:
-        # Whichever of the steps and the time runs out first ends the run; the schedule follows the same fraction.
-        done = max(step / args.steps, (time.monotonic() - started) / (60 * args.minutes))
-        if done * args.evals >= evals or done >= 1:
-            evals = int(done * args.evals) + 1
+    for step in range(args.steps + 1):
+        seconds = time.monotonic() - started
+        cut = args.minutes is not None and seconds > 60 * args.minutes
+        if step in evals or cut:
             model.eval()
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 loss = sum(file_nats(model, held_out)) / held_out_tokens
-            if loss < best:
-                best, best_step = loss, step
-                best_weights = {name: value.clone() for name, value in model.state_dict().items()}
-            seconds = time.monotonic() - started
+            model.train()
             print(
-                f"step {step:6d} {done:4.0%} {seconds:6.1f} s  held-out {loss:.4f} (best {best:.4f}) nats/token,"
-                f" last batch {float(train_loss):.4f}",
+                f"step {step:6d} {seconds:6.1f} s  held-out {loss:.4f} nats/token, last batch {float(train_loss):.4f}",
                 flush=True,
             )
-            model.train()
-        if done >= 1:
+        if cut:
+            print(f"train_demo: --minutes {args.minutes} cut the run at step {step} of {args.steps}", flush=True)
+        if cut or step == args.steps:
             break
-        rate = args.lr * min(1, (step + 1) / args.warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        rate = args.lr * min(1, (step + 1) / args.warmup)
+        rate *= 0.02 + 0.98 * (1 + math.cos(math.pi * step / args.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts = torch.randint(len(stream) - CONTEXT, (args.batch, 1), device=device, generator=generator)
         ids = stream[starts + offsets]
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        others = torch.randint(model.config.vocab_size, inputs.shape, device=device, generator=generator)
+        replaced = torch.rand(inputs.shape, device=device, generator=generator) < args.noise
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        objective: Any = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+            logits = model(input_ids=torch.where(replaced, others, inputs), use_cache=False).logits
+        objective: Any = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         objective.backward()
         train_loss = objective.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
-    model.load_state_dict(best_weights)
     model.eval()
     return {
         "steps": step,
-        "best_step": best_step,
         "seconds": round(time.monotonic() - started, 1),
         "train_loss_of_last_batch": round(float(train_loss), 4),
     }
@@ -255,7 +263,7 @@ A `LlamaForCausalLM` of {record["parameters"]:,} parameters, to compile and look
   test packages and data tables: {trained} to train on; {kept} held out.
 - **Training**: {steps}, {run["seconds"]:.0f} s on {record["hardware"]}, torch {versions["torch"]}.
 - **Held-out loss** of these float16 weights: **{loss}**. The held-out
-  files also chose which weights to keep (step {run["best_step"]}) and the default
+  files also chose the default
   weight decay among {len(tried)} weight decays tried, so the numbers flatter a little.
 - **Files**: `model.safetensors`; `model.onnx`, the same weights in float32 with a KV cache (`models/export_demo.py`);
   `training.json`, every setting and measurement. `models/train_demo.py` wrote this card.
@@ -272,18 +280,20 @@ The best of {len(record["completions"])} greedy completions of {NEW_TOKENS} toke
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEMO, help="the folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--minutes", type=float, default=1.2, help="end in this time, whatever the speed")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--minutes", type=float, help="a safety cap: end in this time, the schedule unfinished")
     parser.add_argument("--batch", type=int, default=64, help=f"sequences of {CONTEXT} tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=min(WEIGHT_DECAYS, key=WEIGHT_DECAYS.__getitem__))
+    parser.add_argument("--noise", type=float, default=0.1, help="share of the input tokens replaced by random ones")
     parser.add_argument("--warmup", type=int, default=100, help="steps")
-    parser.add_argument("--evals", type=int, default=40, help="held-out measurements during the run")
+    parser.add_argument("--evals", type=int, default=20, help="held-out measurements during the run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.steps < 1 or args.minutes <= 0:
-        parser.error("--steps and --minutes must be positive")
+    if min(args.steps, args.evals, args.warmup) < 1:
+        parser.error("--steps, --evals and --warmup must be positive")
+    make_deterministic()
     torch.manual_seed(args.seed)
 
     sources, skipped = standard_library()
