@@ -30,6 +30,11 @@ class Emitter:
         self._graph, self._like, self._domain = graph, like, domain
 
     @property
+    def opset(self) -> int:
+        """The opset of the standard operators."""
+        return self._graph.opset
+
+    @property
     def microsoft(self) -> "Emitter":
         """The operators ONNX Runtime contributes."""
         return Emitter(self._graph, self._like, MICROSOFT)
