@@ -93,6 +93,26 @@ def _flat_bias(graph: Graph, node: Node) -> bool:
     return False
 
 
+@rule("Add")
+def _flat_residual(graph: Graph, node: Node) -> bool:
+    """Two values flattened alike are added before they are flattened."""
+    a, b = (_flattened(value, node) for value in node.inputs)
+    if a is None or b is None or a is b or a.shape != b.shape or node.output.shape is None:
+        return False
+    total = emit(graph, node, "Add", [a, b])
+    return become(graph, node, emit(graph, node, "Reshape", [total], {"shape": node.output.shape}))
+
+
+@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+def _flat_norm(graph: Graph, node: Node) -> bool:
+    """A norm over the last axis does not mind how the rows are laid out."""
+    whole, axis = _flattened(node.inputs[0], node), node.attributes.get("axis", -1)
+    if whole is None or axis != -1 or node.output.shape is None or any(v.uses or v.pinned for v in node.outputs[1:]):
+        return False
+    result = emit(graph, node, node.op, [whole, *node.inputs[1:]], dict(node.attributes))
+    return become(graph, node, emit(graph, node, "Reshape", [result], {"shape": node.output.shape}))
+
+
 @rule("Reshape")
 def _lift_unflatten(graph: Graph, node: Node) -> bool:
     """A linear over flattened rows whose result is unflattened works on the unflattened rows."""
