@@ -6,7 +6,7 @@ the memory one cares to spend can still be transposed, merged and written in blo
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,11 @@ class Constant(ABC):
     def numpy(self) -> np.ndarray:
         """All elements."""
         return self.rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+
+    @property
+    def key(self) -> Hashable:
+        """What identifies the data: two constants derived alike from the same stored ones have equal keys."""
+        return id(self)
 
     def leaves(self) -> "list[Constant]":
         """The stored constants this one is computed from; itself when it is stored."""
@@ -149,6 +154,10 @@ class Transposed(Constant):
     def __post_init__(self) -> None:
         self.dtype, self.shape = self.base.dtype, (self.base.shape[1], self.base.shape[0])
 
+    @property
+    def key(self) -> Hashable:
+        return ("transposed", self.base.key)
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         height = self.base.shape[0]
         out = np.empty((stop - start, height), self.dtype.numpy)
@@ -175,6 +184,10 @@ class Joined(Constant):
         first = self.parts[0]
         self.dtype = first.dtype
         self.shape = (*first.shape[:-1], sum(part.shape[-1] for part in self.parts))
+
+    @property
+    def key(self) -> Hashable:
+        return ("joined", *(part.key for part in self.parts))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         if len(self.shape) == 1:

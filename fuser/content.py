@@ -73,6 +73,15 @@ def shape_part(node: Node, shape: Shape) -> Shape:
     return shape[slice(node.attributes.get("start", 0), node.attributes.get("end"))]
 
 
+def split_contents(node: Node) -> tuple[Any, ...] | None:
+    """The contents of a Split's outputs, where a known vector is split at known places."""
+    whole, sizes = content(node.inputs[0]), parameter(node, "split", 1)
+    if not isinstance(whole, tuple) or sizes is None or not all(isinstance(size, int) for size in sizes):
+        return None
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple(whole[end - size : end] for end, size in zip(ends, sizes, strict=True))
+
+
 def content_of(node: Node) -> Any:
     """The content of a node's only output where its inputs' contents tell it."""
     if node.domain == FUSER:

@@ -27,6 +27,8 @@ from fuser.version import __version__
 INLINE_LIMIT = 256 << 20  # bytes of weights up to which a model is one file
 INLINE_ALWAYS = 1024  # bytes: small constants stay in the model, where shape inference can read them
 ALIGNMENT = 4096
+# Operators whose outputs may be left out when nothing reads them; ONNX Runtime then does not compute them.
+SPARING = {(MICROSOFT, "SkipLayerNormalization"), (MICROSOFT, "SkipSimplifiedLayerNormalization")}
 
 
 @dataclass
@@ -191,12 +193,17 @@ def _assemble(graph: Graph, functions: list[onnx.FunctionProto]) -> ModelProto:
             else _unique(node.output.name if node.outputs else node.op, names)
         )
         names.add(name)
+        made: list[Value | None] = list(node.outputs)
+        if (node.domain, node.op) in SPARING:
+            made = [value if value.uses or value.pinned else None for value in node.outputs]
+            while made and made[-1] is None:
+                made.pop()
         nodes.append(
             gs.Node(
                 node.op,
                 name,
                 inputs=[tensor(v) for v in node.inputs],
-                outputs=[tensor(v) for v in node.outputs],
+                outputs=[tensor(v) for v in made],
                 domain=node.domain or None,
             )
         )

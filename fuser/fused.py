@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ _ARGUMENT = re.compile(r"(\*?)(\w+)\[([^\]]*)\](\??)")
 
 @dataclass(frozen=True)
 class Signature:
-    """`x[*B, D], weight[D] -> y[*B, D]`: capital letters are dims, `*B` any number of leading ones."""
+    """`x[*B, D], past[P, D] -> y[*B, D], present[P + S, D]`: capitals are dims, `*B` any number of leading ones."""
 
     inputs: tuple[Argument, ...]
     outputs: tuple[Argument, ...]
@@ -102,9 +103,10 @@ class Signature:
         for argument in self.outputs:
             shape: list[Dim] = []
             for name in argument.dims:
-                shape.extend(
-                    [bound[f"{name}.{i}"] for i in range(bound[name])] if name.startswith("*") else [bound[name]]
-                )
+                if name.startswith("*"):
+                    shape.extend(bound[f"{name}.{i}"] for i in range(bound[name]))
+                else:
+                    shape.append(reduce(dims.add, (bound[term.strip()] for term in name.split("+"))))
             found.append(tuple(shape))
         return found
 
@@ -183,6 +185,7 @@ class FusedOp:
     name: str
     signature: Signature
     reference: Callable[..., Any]
+    state: dict[str, str] = field(default_factory=dict)  # input that holds a state -> output that holds it afterwards
     sources: list[Source] = field(default_factory=list)
     lowerings: dict[str, Lowering] = field(default_factory=dict)
     example_sets: list[dict[str, Any]] = field(default_factory=list)
@@ -234,6 +237,13 @@ class FusedOp:
         found = self.reference(*inputs, **attributes)
         return list(found) if isinstance(found, (tuple, list)) else [found]
 
+    def states(self, node: Node) -> list[tuple[Value, Value]]:
+        """The (before, after) values of each state a node carries on."""
+        inputs = {argument.name: node.input(i) for i, argument in enumerate(self.signature.inputs)}
+        outputs = {argument.name: value for argument, value in zip(self.signature.outputs, node.outputs, strict=False)}
+        pairs = ((inputs.get(before), outputs.get(after)) for before, after in self.state.items())
+        return [(before, after) for before, after in pairs if before is not None and after is not None]
+
     def _infer(self, graph: Graph, node: Node) -> list[Inferred]:
         first = node.inputs[0]
         return [(first.dtype if first else None, shape) for shape in self.output_shapes(node.inputs, node.attributes)]
@@ -242,11 +252,22 @@ class FusedOp:
 REGISTRY: dict[str, FusedOp] = {}
 
 
-def fused_op(signature: str) -> Callable[[Callable[..., Any]], FusedOp]:
-    """Makes a fused operator of a reference function."""
+def fused_op(signature: str, *, state: Mapping[str, str] | None = None) -> Callable[[Callable[..., Any]], FusedOp]:
+    """Makes a fused operator of a reference function.
+
+    Args:
+        signature: its tensors and dims, see `Signature`.
+        state: which inputs hold a state and which outputs hold it afterwards, e.g. `{"past_k": "present_k"}`: what lets a
+            runtime keep that state elsewhere (a paged cache).
+    """
+    parsed = Signature.parse(signature)
+    names = ({argument.name for argument in parsed.inputs}, {argument.name for argument in parsed.outputs})
+    for before, after in (state or {}).items():
+        if before not in names[0] or after not in names[1]:
+            raise ValueError(f"state {before} -> {after}: '{signature}' has no such input and output")
 
     def make(function: Callable[..., Any]) -> FusedOp:
-        operator = FusedOp(function.__name__, Signature.parse(signature), function)
+        operator = FusedOp(function.__name__, parsed, function, dict(state or {}))
         operator.__doc__ = function.__doc__
         REGISTRY[operator.name] = operator
         RULES[(FUSER, operator.name)] = operator._infer

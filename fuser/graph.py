@@ -137,6 +137,7 @@ class Graph:
         self.dim_sources: dict[Any, tuple[Value, int]] = {}  # symbol -> the value and axis that has it as its size
         self.header = onnx.ModelProto()  # what the source file said of itself, its graph left out
         self.interface: dict[str, onnx.ValueInfoProto] = {}  # inputs and outputs as the source declared them
+        self.derived: dict[Any, Value] = {}  # merged weights, by what they are merged from
         self._counter = 0
         self._last_place = 0.0
 
@@ -267,7 +268,7 @@ class Graph:
             seen.add(id(value))
             yield value
         for node in self.nodes:
-            for used in (*node.inputs, *node.outputs):
+            for used in (*node.inputs, *node.captures, *node.outputs):
                 if used is not None and id(used) not in seen:
                     seen.add(id(used))
                     yield used
@@ -275,6 +276,19 @@ class Graph:
             if id(value) not in seen:
                 seen.add(id(value))
                 yield value
+
+    def settle_dim_sources(self) -> None:
+        """Finds each symbol a value that has it as its size, where the one it had is no longer part of the graph."""
+        alive: set[int] = set()
+        first: dict[Any, tuple[Value, int]] = {}
+        for value in self.values():
+            alive.add(id(value))
+            for axis, dim in enumerate(value.shape or ()):
+                if not isinstance(dim, int) and dim.is_Symbol:
+                    first.setdefault(dim, (value, axis))
+        for name, source in first.items():
+            if name not in self.dim_sources or id(self.dim_sources[name][0]) not in alive:
+                self.dim_sources[name] = source
 
     def constants(self) -> list[Value]:
         return [value for value in self.values() if value.constant is not None]

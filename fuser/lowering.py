@@ -30,6 +30,11 @@ class Emitter:
         self._graph, self._like, self._domain = graph, like, domain
 
     @property
+    def opset(self) -> int:
+        """The opset of the standard operators."""
+        return self._graph.opset
+
+    @property
     def microsoft(self) -> "Emitter":
         """The operators ONNX Runtime contributes."""
         return Emitter(self._graph, self._like, MICROSOFT)
@@ -91,6 +96,10 @@ def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:
         old.name, new.name = new.name, old.name
         new.dtype, new.shape = new.dtype or old.dtype, new.shape or old.shape
         graph.replace(old, new)
+        if old.captured:
+            new.captured = True
+            for reader in graph.nodes:
+                reader.captures = tuple(new if value is old else value for value in reader.captures)
     graph.remove(node)
 
 

@@ -130,9 +130,11 @@ def replace(graph: Graph, proposal: Rewrite, match: Match) -> Node:
 
 
 def _input(graph: Graph, operator: FusedOp, given: Value | Constant | None, index: int) -> Value | None:
-    if isinstance(given, Constant):
-        return graph.constant(given, f"{operator.name}_{operator.signature.inputs[index].name}")
-    return given
+    if not isinstance(given, Constant):
+        return given
+    if given.key not in graph.derived:
+        graph.derived[given.key] = graph.constant(given, f"{operator.name}_{operator.signature.inputs[index].name}")
+    return graph.derived[given.key]
 
 
 def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) -> list[Miss]:

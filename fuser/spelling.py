@@ -79,6 +79,7 @@ class Spelling:
         self._elements: dict[Dim, Value] = {}
         self._vectors: dict[Shape, Value] = {}
         self._at: Node | None = None
+        graph.settle_dim_sources()
 
     def spell(self) -> None:
         """Rewrites every node into the graph's opset."""

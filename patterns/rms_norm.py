@@ -61,9 +61,10 @@ def contributed(x: Any, weight: Any) -> Any:
 
 @rms_norm.lower("ort")
 def _(op: Any, x: Any, weight: Any, *, eps: float) -> Any:
-    return op.SimplifiedLayerNormalization(
-        x, op.ones_like_last(x) if weight is None else weight, axis=-1, epsilon=eps, stash_type=1
-    )
+    gamma = op.ones_like_last(x) if weight is None else weight
+    if op.opset >= 23:
+        return op.RMSNormalization(x, gamma, axis=-1, epsilon=eps, stash_type=1)
+    return op.SimplifiedLayerNormalization(x, gamma, axis=-1, epsilon=eps, stash_type=1)
 
 
 @rms_norm.lower("functions")

@@ -231,7 +231,7 @@ def loss_on_counting(model: Any) -> float:
 def test_training_learns_from_inputs_and_only_noise_replaces_them() -> None:
     model, run = trained()
     assert run["steps"] == 20
-    assert loss_on_counting(model) < 0.5 * math.log(32)
+    assert loss_on_counting(model) < 0.7 * math.log(32)
     noisy, _ = trained(noise=1.0)
     assert loss_on_counting(noisy) > 0.9 * math.log(32)
 

@@ -28,6 +28,7 @@ def canonicalize(graph: Graph) -> None:
             )
         changed += share(graph) + graph.prune()
         graph.sort()
+        graph.settle_dim_sources()
         if not changed and round_:
             break
 

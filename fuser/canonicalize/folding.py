@@ -1,12 +1,13 @@
 """Constants are folded, and shape arithmetic becomes symbolic dims."""
 
 from fuser import dims
-from fuser.canonicalize.rules import IMPURE, become, emit, rule, sole
+from fuser.canonicalize.rules import IMPURE, become, rule, sole
 from fuser.constants import Array, Constant, Transposed
 from fuser.dtypes import DType
 from fuser.errors import FuserError
 from fuser.evaluation import evaluate, to_constant, to_tensor
-from fuser.graph import FUSER, Graph, Node
+from fuser.graph import FUSER, Graph, Node, Value
+from fuser.shapes import infer_node
 from fuser.spelling import absorb
 
 FOLD_LIMIT = 1 << 16  # elements: larger results of constant nodes are weights, and are left where they are
@@ -54,19 +55,34 @@ def _negative_axis(graph: Graph, node: Node) -> bool:
 @rule()
 def _known_content(graph: Graph, node: Node) -> bool:
     """Shape arithmetic gives way to the dims it computes."""
-    if len(node.outputs) != 1 or node.is_a("Dims", FUSER) or node.output.captured:
+    if node.is_a("Dims", FUSER):
         return False
-    value, found = node.output, node.output.content
-    if found is None:
-        return False
-    flat = found if isinstance(found, tuple) else (found,)
-    if all(isinstance(item, (int, bool)) for item in flat) and value.dtype is not None:
-        return become(graph, node, graph.constant(Array.of(found, value.dtype), value.name))
-    if value.dtype is not DType.INT64 or any(symbol not in graph.dim_sources for symbol in dims.symbols(flat)):
-        return False
-    if any(graph.dim_sources[symbol][0].producer is node for symbol in dims.symbols(flat)):
-        return False
-    return become(graph, node, emit(graph, node, "Dims", [], {"dims": found}, FUSER))
+    changed = False
+    for value in node.outputs:
+        if value.captured or not (value.uses or value.is_output):
+            continue
+        known = _stated(graph, node, value)
+        if known is not None:
+            graph.replace(value, known)
+            changed = True
+    return changed
+
+
+def _stated(graph: Graph, node: Node, value: Value) -> Value | None:
+    """A constant, or a `Dims` leaf, that holds what `value` is known to hold."""
+    if value.content is None or value.dtype is None:
+        return None
+    flat = value.content if isinstance(value.content, tuple) else (value.content,)
+    if all(isinstance(item, (int, bool)) for item in flat):
+        return graph.constant(Array.of(value.content, value.dtype), value.name)
+    if value.dtype is not DType.INT64:
+        return None
+    for symbol in dims.symbols(flat):
+        if symbol not in graph.dim_sources or graph.dim_sources[symbol][0].producer is node:
+            return None
+    stated = graph.add("Dims", [], {"dims": value.content}, domain=FUSER, outputs=[value.name], like=node)
+    infer_node(graph, stated)
+    return stated.output
 
 
 @rule()

@@ -18,7 +18,7 @@ def _div(graph: Graph, node: Node) -> bool:
         )
         return become(graph, node, emit(graph, node, "Mul", [a, reciprocal]))
     if b.producer is not None and b.producer.is_a("Sqrt"):
-        inverse = emit(graph, node, "Rsqrt", [b.producer.inputs[0]], domain=FUSER)
+        inverse = emit(graph, node, "Rsqrt", [b.producer.inputs[0]], domain=FUSER, absorbing=b.producer)
         if a.scalar == 1.0 and inverse.shape == node.output.shape:
             return become(graph, node, inverse)
         return become(graph, node, emit(graph, node, "Mul", [a, inverse]))
@@ -32,7 +32,9 @@ def _reciprocal(graph: Graph, node: Node) -> bool:
     value = node.inputs[0]
     if value is None or value.producer is None or not value.producer.is_a("Sqrt"):
         return False
-    return become(graph, node, emit(graph, node, "Rsqrt", [value.producer.inputs[0]], domain=FUSER))
+    return become(
+        graph, node, emit(graph, node, "Rsqrt", [value.producer.inputs[0]], domain=FUSER, absorbing=value.producer)
+    )
 
 
 @rule("Sqrt")
@@ -41,7 +43,9 @@ def _sqrt(graph: Graph, node: Node) -> bool:
     value = node.inputs[0]
     if value is None or value.producer is None or not value.producer.is_a("Reciprocal"):
         return False
-    return become(graph, node, emit(graph, node, "Rsqrt", [value.producer.inputs[0]], domain=FUSER))
+    return become(
+        graph, node, emit(graph, node, "Rsqrt", [value.producer.inputs[0]], domain=FUSER, absorbing=value.producer)
+    )
 
 
 @rule("Pow")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fuser.graph import Graph, Node, Value
+from fuser.graph import Graph, Node, Origin, Value
 from fuser.shapes import infer_node
 
 Rule = Callable[[Graph, Node], bool]
@@ -36,8 +36,13 @@ def emit(
     inputs: Iterable[Value | None],
     attributes: dict[str, Any] | None = None,
     domain: str = "",
+    *,
+    absorbing: Node | None = None,
 ) -> Value:
+    """A new node's output; the node stands for `like`, in its place, and for `absorbing` where it takes that in too."""
     node = graph.add(op, inputs, attributes, domain=domain, outputs=[like.output.name], like=like)
+    if absorbing is not None:
+        node.origin = Origin.union((absorbing.origin, like.origin))
     infer_node(graph, node)
     return node.output
 

@@ -6,7 +6,7 @@ from fuser.canonicalize.rules import IMPURE
 from fuser.constants import Constant
 from fuser.content import CONTENT_LIMIT
 from fuser.dtypes import DType
-from fuser.graph import Graph, Node, Value
+from fuser.graph import Graph, Node, Origin, Value
 
 
 def share(graph: Graph) -> int:
@@ -39,6 +39,7 @@ def share(graph: Graph) -> int:
             continue
         if any(a.is_output and b.is_output for a, b in zip(first.outputs, node.outputs, strict=True)):
             continue
+        first.origin = Origin.union((first.origin, node.origin))
         for old, new in zip(node.outputs, first.outputs, strict=True):
             graph.replace(old, new)
         graph.remove(node)

@@ -6,7 +6,7 @@ import onnx
 import sympy
 
 from fuser import dims
-from fuser.content import CONTENT_LIMIT, content_of
+from fuser.content import CONTENT_LIMIT, content_of, split_contents
 from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
 from fuser.graph import Graph, Node, Value
@@ -44,6 +44,9 @@ def infer_node(graph: Graph, node: Node) -> None:
             value.dtype = dtype
         if shape is not None:
             _settle(graph, value, shape)
+    if node.is_a("Split") and (parts := split_contents(node)) is not None:
+        for value, part in zip(node.outputs, parts, strict=False):
+            value.content = part
     if len(node.outputs) == 1 and (found := content_of(node)) is not None:
         node.output.content = found
 
