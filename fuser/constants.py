@@ -43,9 +43,14 @@ class Constant(ABC):
         """All elements."""
         return self.rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
 
+    @property
+    def inner(self) -> "tuple[Constant, ...]":
+        """The constants this one is computed from; none when it is stored."""
+        return ()
+
     def leaves(self) -> "list[Constant]":
-        """The stored constants this one is computed from; itself when it is stored."""
-        return [self]
+        """The stored constants this one is computed from in the end; itself when it is stored."""
+        return [leaf for constant in self.inner for leaf in constant.leaves()] if self.inner else [self]
 
     def rebuild(self, leaf: "Callable[[Constant], np.ndarray]") -> np.ndarray:
         """The elements, computed from `leaf(c)` in place of each stored constant `c`."""
@@ -158,8 +163,9 @@ class Transposed(Constant):
             out[:, top:bottom] = self.base.rows(top, bottom)[:, start:stop].T
         return out
 
-    def leaves(self) -> list[Constant]:
-        return self.base.leaves()
+    @property
+    def inner(self) -> tuple[Constant, ...]:
+        return (self.base,)
 
     def rebuild(self, leaf: Callable[[Constant], np.ndarray]) -> np.ndarray:
         return self.base.rebuild(leaf).T
@@ -181,8 +187,9 @@ class Joined(Constant):
             return np.concatenate([part.numpy() for part in self.parts])[start:stop]
         return np.concatenate([part.rows(start, stop) for part in self.parts], axis=-1)
 
-    def leaves(self) -> list[Constant]:
-        return [leaf for part in self.parts for leaf in part.leaves()]
+    @property
+    def inner(self) -> tuple[Constant, ...]:
+        return self.parts
 
     def rebuild(self, leaf: Callable[[Constant], np.ndarray]) -> np.ndarray:
         return np.concatenate([part.rebuild(leaf) for part in self.parts], axis=-1)
