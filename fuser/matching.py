@@ -14,9 +14,10 @@ from typing import Any
 
 import onnx
 
+from fuser import operators
 from fuser.dims import text
 from fuser.fused import Source
-from fuser.graph import Graph, Node, Value, reaches
+from fuser.graph import Graph, Node, Value, reaches, readers
 from fuser.pattern import (
     COMMUTATIVE,
     Absent,
@@ -30,6 +31,7 @@ from fuser.pattern import (
     Pattern,
     Result,
     Var,
+    require,
 )
 
 STEP_BUDGET = 20_000  # for one anchor; an ordinary match takes a few dozen
@@ -55,11 +57,11 @@ class Failure:
 
 @cache
 def _default(op: str, domain: str, name: str) -> Any:
-    """The default ONNX gives an attribute that is not there."""
+    """The default ONNX, or ONNX Runtime for what it contributes, gives an attribute that is not there."""
     try:
         attribute = onnx.defs.get_schema(op, domain=domain).attributes.get(name)
     except onnx.defs.SchemaError:
-        return None
+        return operators.default(op, domain, name)
     if attribute is None or not attribute.default_value.name:
         return None
     found = onnx.helper.get_attribute_value(attribute.default_value)
@@ -313,15 +315,19 @@ class Matcher:
                     return None
         try:
             if not convex(region, match.outputs):
-                raise CheckFailed("a path leads out of the match and back in")
+                raise CheckFailed("no path to lead out of the match and back in")
             inputs, attributes = self.source.read(match)
-            self.source.operator.output_shapes([_as_value(x) for x in inputs], attributes)
+            given = [_as_value(x) for x in inputs]
+            self.source.operator.output_shapes(given, attributes)
+            for value in match.outputs:
+                # The fused node gives its first input's type; a Cast behind it is then no part of the match.
+                dtype = given[0].dtype if given[0] is not None else None
+                require(None in (dtype, value.dtype) or value.dtype is dtype, f"{value.name} must be {dtype}", value)
         except NotThis:
             return None
         except CheckFailed as failed:
-            place = failed.place.producer if failed.place is not None else None
             found = describe(failed.place) if failed.place is not None else describe_node(region[-1])
-            self._fail(CHECK, self.anchor, str(failed), found, place or region[-1], complete=True)
+            self._fail(CHECK, self.anchor, str(failed), found, _place(failed.place, region), complete=True)
             return None
         return match
 
@@ -353,6 +359,13 @@ class Matcher:
             self._best = Failure(rank, matched, self.total, wanted.line, expected, found, place)
 
 
+def _place(value: Value | None, region: list[Node]) -> Node:
+    """The node to look at for a value: the one that makes it; for an input or a constant the one that reads it."""
+    if value is not None and value.producer is not None:
+        return value.producer
+    return next((node for node in region if value is not None and value in node.inputs), region[-1])
+
+
 def _as_value(given: Any) -> Value | None:
     """A new constant stands in for its future value when shapes are checked."""
     if given is None or isinstance(given, Value):
@@ -371,7 +384,7 @@ def convex(region: list[Node], outputs: tuple[Value, ...]) -> bool:
         return True  # every path out starts at the end
     inside = set(region)
     last = max(node.place or 0.0 for node in region)
-    outward = [user for value in outputs for user in value.consumers if user not in inside]
+    outward = [user for value in outputs for user in readers(value) if user not in inside]
     starts = [value for user in outward for value in user.outputs]
     return not (reaches(starts, lambda node: (node.place or 0.0) > last) & inside) and not (set(outward) & inside)
 
