@@ -104,7 +104,13 @@ def replace(graph: Graph, proposal: Rewrite, match: Match) -> Node:
     inputs = [_input(graph, operator, given, i) for i, given in enumerate(proposal.inputs)]
     while inputs and inputs[-1] is None:
         inputs.pop()
-    node = Node(operator.name, inputs, list(match.outputs), dict(proposal.attributes), FUSER)
+    outputs = list(match.outputs)
+    # A source may be without the last outputs (the sum that a contributed node was not asked for); nothing reads them.
+    outputs += [
+        Value(graph.fresh_name(f"{outputs[0].name}_{argument.name}"), outputs[0].dtype)
+        for argument in operator.signature.outputs[len(outputs) :]
+    ]
+    node = Node(operator.name, inputs, outputs, dict(proposal.attributes), FUSER)
     node.origin = Origin.union(part.origin for part in region)
     for part in reversed(region):
         for value in part.outputs:
