@@ -88,10 +88,11 @@ def _apply(
             disagreement = checker.check(proposal)
             outcome.check_s += perf_counter() - before
             if disagreement is not None:
-                expected = f"the fused node to compute the same as the {len(match.region)} nodes it replaces"
+                expected = f"the fused node must compute the same as the {len(match.region)} nodes it replaces"
                 matcher.failures[anchor] = Failure(
-                    CHECK, matcher.total, matcher.total, matcher.anchor.line, expected, disagreement, anchor
-                )
+                    CHECK, matcher.total, matcher.total, matcher.anchor.line, expected, disagreement, anchor,
+                    frozenset(match.region),
+                )  # fmt: skip
                 continue
         replace(graph, proposal, match)
     outcome.match_s += perf_counter() - start - (outcome.check_s - checking)
@@ -149,8 +150,13 @@ def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) ->
             continue
         if anchor not in closest or failure.closeness > closest[anchor][1].closeness:
             closest[anchor] = (operator, failure)
+    ranked = sorted(closest.items(), key=lambda item: (item[1][1].rank, -len(item[1][1].nodes)))
     misses: dict[tuple[str, str, int], Miss] = {}
-    for anchor, (operator, failure) in closest.items():
+    explained: list[frozenset[Node]] = []
+    for anchor, (operator, failure) in ranked:
+        if any(failure.nodes <= nodes for nodes in explained):
+            continue  # part of a place that is reported already: the norm inside a LayerNorm
+        explained.append(failure.nodes)
         place = failure.place if failure.place is not None else anchor
         key = (operator.name, failure.line, failure.matched)
         if key in misses:
