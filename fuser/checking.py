@@ -98,8 +98,7 @@ class _Trial:
         self.rewrite, self.shrink, self.scale, self.random, self.opset = rewrite, shrink, scale, random, opset
         self.leaves: dict[int, np.ndarray] = {}
         self.given: dict[int, np.ndarray] = {}
-        fused = [x.constant if isinstance(x, Value) else x for x in rewrite.inputs]
-        self.drawn = {id(leaf) for constant in fused if constant is not None for leaf in constant.leaves()}
+        self.drawn = _drawn(rewrite)
         made = {id(value) for node in rewrite.region for value in node.outputs}
         self.outside = list(
             dict.fromkeys(v for node in rewrite.region for v in node.inputs if v is not None and id(v) not in made)
@@ -158,7 +157,9 @@ class _Trial:
 
     def _leaf(self, constant: Constant) -> np.ndarray:
         if id(constant) not in self.drawn:
-            return constant.numpy()
+            array = constant.numpy()
+            # What the fused node alone reads (zeros where one of several biases is absent) shrinks with the rest.
+            return np.full(self._shrunk(constant.shape), array.flat[0]) if _is_uniform(array) else array
         if id(constant) not in self.leaves:
             shape = tuple(int(size) for size in self._shrunk(constant.shape))
             scale = 1.0 / math.sqrt(shape[0]) if len(shape) == 2 else 1.0
@@ -207,6 +208,18 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     return difference / norm if norm else (0.0 if difference == 0 else math.inf)
 
 
+def _drawn(rewrite: Rewrite) -> set[int]:
+    """The stored constants that both sides read as tensors: weights, whose elements the check draws anew."""
+    fused = [x.constant if isinstance(x, Value) else x for x in rewrite.inputs]
+    region = [v.constant for node in rewrite.region for v in node.inputs if v is not None]
+    read = {id(leaf) for constant in region if constant is not None for leaf in constant.leaves()}
+    return read & {id(leaf) for constant in fused if constant is not None for leaf in constant.leaves()}
+
+
+def _is_uniform(array: np.ndarray) -> bool:
+    return array.size > 0 and bool((array == array.flat[0]).all())
+
+
 def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
     """Large sizes that no number inside the region mentions, each with a small prime to take its place."""
     mentioned: set[int] = set()
@@ -218,12 +231,7 @@ def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
     for attribute in rewrite.attributes.values():
         mentioned.update(x for x in (attribute if isinstance(attribute, tuple) else (attribute,)) if isinstance(x, int))
     inputs = {id(x) for x in rewrite.inputs if isinstance(x, Value)}
-    drawn = {
-        id(leaf)
-        for x in rewrite.inputs
-        if (c := x.constant if isinstance(x, Value) else x) is not None
-        for leaf in c.leaves()
-    }
+    drawn = _drawn(rewrite)
     sizes: set[int] = set()
     for node in rewrite.region:
         for value in (*node.inputs, *node.outputs):
@@ -244,23 +252,21 @@ def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
 def structure(rewrite: Rewrite) -> Any:
     """What a check depends on: operators, wiring, attributes, shapes, dtypes and the values of interior constants."""
     numbers: dict[int, int] = {}
-    drawn = {
-        id(leaf)
-        for x in rewrite.inputs
-        if (c := x.constant if isinstance(x, Value) else x) is not None
-        for leaf in c.leaves()
-    }
+    drawn = _drawn(rewrite)
+
+    def form(constant: Constant) -> Any:
+        if constant.inner:
+            return (type(constant).__name__, *map(form, constant.inner))
+        drawn_as = numbers.setdefault(id(constant), len(numbers)) if id(constant) in drawn else None
+        elements = constant.numpy().tobytes() if drawn_as is None else drawn_as
+        return (constant.dtype, constant.shape, elements)
 
     def of(value: Value | Constant | None) -> Any:
         if value is None:
             return None
         constant = value.constant if isinstance(value, Value) else value
         if constant is not None:
-            leaves = constant.leaves()
-            if all(id(leaf) in drawn for leaf in leaves):
-                parts = tuple((numbers.setdefault(id(leaf), len(numbers)), leaf.dtype, leaf.shape) for leaf in leaves)
-                return (type(constant).__name__, constant.dtype, constant.shape, parts)
-            return (constant.dtype, constant.shape, constant.numpy().tobytes())
+            return form(constant)
         assert isinstance(value, Value)
         return (numbers.setdefault(id(value), len(numbers)), value.dtype, value.shape)
 

@@ -44,13 +44,18 @@ class Constant(ABC):
         return self.rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
 
     @property
+    def inner(self) -> "tuple[Constant, ...]":
+        """The constants this one is computed from; none when it is stored."""
+        return ()
+
+    @property
     def key(self) -> Hashable:
         """What identifies the data: two constants derived alike from the same stored ones have equal keys."""
-        return id(self)
+        return (type(self), *(constant.key for constant in self.inner)) if self.inner else id(self)
 
     def leaves(self) -> "list[Constant]":
-        """The stored constants this one is computed from; itself when it is stored."""
-        return [self]
+        """The stored constants this one is computed from in the end; itself when it is stored."""
+        return [leaf for constant in self.inner for leaf in constant.leaves()] if self.inner else [self]
 
     def rebuild(self, leaf: "Callable[[Constant], np.ndarray]") -> np.ndarray:
         """The elements, computed from `leaf(c)` in place of each stored constant `c`."""
@@ -154,10 +159,6 @@ class Transposed(Constant):
     def __post_init__(self) -> None:
         self.dtype, self.shape = self.base.dtype, (self.base.shape[1], self.base.shape[0])
 
-    @property
-    def key(self) -> Hashable:
-        return ("transposed", self.base.key)
-
     def rows(self, start: int, stop: int) -> np.ndarray:
         height = self.base.shape[0]
         out = np.empty((stop - start, height), self.dtype.numpy)
@@ -167,8 +168,9 @@ class Transposed(Constant):
             out[:, top:bottom] = self.base.rows(top, bottom)[:, start:stop].T
         return out
 
-    def leaves(self) -> list[Constant]:
-        return self.base.leaves()
+    @property
+    def inner(self) -> tuple[Constant, ...]:
+        return (self.base,)
 
     def rebuild(self, leaf: Callable[[Constant], np.ndarray]) -> np.ndarray:
         return self.base.rebuild(leaf).T
@@ -185,17 +187,14 @@ class Joined(Constant):
         self.dtype = first.dtype
         self.shape = (*first.shape[:-1], sum(part.shape[-1] for part in self.parts))
 
-    @property
-    def key(self) -> Hashable:
-        return ("joined", *(part.key for part in self.parts))
-
     def rows(self, start: int, stop: int) -> np.ndarray:
         if len(self.shape) == 1:
             return np.concatenate([part.numpy() for part in self.parts])[start:stop]
         return np.concatenate([part.rows(start, stop) for part in self.parts], axis=-1)
 
-    def leaves(self) -> list[Constant]:
-        return [leaf for part in self.parts for leaf in part.leaves()]
+    @property
+    def inner(self) -> tuple[Constant, ...]:
+        return self.parts
 
     def rebuild(self, leaf: Callable[[Constant], np.ndarray]) -> np.ndarray:
         return np.concatenate([part.rebuild(leaf) for part in self.parts], axis=-1)

@@ -130,6 +130,7 @@ class Source:
             self._collect(pattern, seen)
         required = [node for node in self.nodes if self._is_required(node)]
         self.required = required or self.nodes
+        self.size = len(_fewest(self.outputs))
 
     def _collect(self, pattern: Pattern | None, seen: dict[int, None]) -> None:
         if pattern is None or id(pattern) in seen:
@@ -167,6 +168,17 @@ def children(pattern: Pattern) -> Sequence[Pattern | None]:
     if isinstance(pattern, Either):
         return pattern.alternatives
     return (pattern.present,) if hasattr(pattern, "present") else ()
+
+
+def _fewest(patterns: Sequence[Pattern | None]) -> set[Apply]:
+    """The nodes of a match that takes the shortest alternative everywhere."""
+    found: set[Apply] = set()
+    for pattern in patterns:
+        if isinstance(pattern, Either):
+            found |= min((_fewest([alternative]) for alternative in pattern.alternatives), key=len)
+        elif isinstance(pattern, Result):
+            found |= {pattern.node} | _fewest(pattern.node.inputs)
+    return found
 
 
 def _always_uses(pattern: Pattern | None, node: Apply) -> bool:

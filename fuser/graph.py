@@ -62,8 +62,13 @@ class Value:
     constant: Constant | None = None
     content: Any = None
     uses: dict[tuple["Node", int], None] = field(default_factory=dict)
-    captured: bool = False  # read by name from inside a control-flow body
+    captors: dict["Node", None] = field(default_factory=dict)  # nodes whose control-flow bodies read it by name
     is_output: bool = False
+
+    @property
+    def captured(self) -> bool:
+        """Whether a control-flow body reads this value by name."""
+        return bool(self.captors)
 
     @property
     def pinned(self) -> bool:
@@ -118,7 +123,9 @@ class Node:
     def __repr__(self) -> str:
         outputs = ", ".join(v.name for v in self.outputs)
         inputs = ", ".join(v.name if v else "-" for v in self.inputs)
-        attributes = "".join(f", {k}={v}" for k, v in self.attributes.items())
+        attributes = "".join(
+            f", {k}={v:g}" if isinstance(v, float) else f", {k}={v}" for k, v in self.attributes.items()
+        )
         return f"{outputs} = {self.domain + '.' if self.domain else ''}{self.op}({inputs}{attributes})"
 
 
@@ -182,12 +189,16 @@ class Graph:
         for i, value in enumerate(node.inputs):
             if value is not None:
                 value.uses[(node, i)] = None
+        for value in node.captures:
+            value.captors[node] = None
 
     def remove(self, node: Node) -> None:
         """Takes a node out; its outputs must have no reader left."""
         for i, value in enumerate(node.inputs):
             if value is not None:
                 value.uses.pop((node, i), None)
+        for value in node.captures:
+            value.captors.pop(node, None)
         del self.nodes[node]
 
     def set_input(self, node: Node, index: int, value: Value | None) -> None:
@@ -221,7 +232,7 @@ class Graph:
         for value in self.values():
             values[id(value)] = Value(
                 value.name, value.dtype, value.shape, constant=value.constant, content=value.content,
-                captured=value.captured, is_output=value.is_output,
+                is_output=value.is_output,
             )  # fmt: skip
         for node in self.nodes:
             twin = Node(
@@ -324,16 +335,22 @@ def producers(node: Node) -> Iterator[Node]:
             yield value.producer
 
 
+def readers(value: Value) -> Iterator[Node]:
+    """The nodes that must run after `value` is made."""
+    yield from value.consumers
+    yield from value.captors
+
+
 def reaches(starts: Iterable[Value], stop: Callable[[Node], bool], seen: set[Node] | None = None) -> set[Node]:
     """Every node reachable forward from `starts`, not passing through a node for which `stop` holds."""
     found: set[Node] = set() if seen is None else seen
-    pending = [node for value in starts for node in value.consumers]
+    pending = [node for value in starts for node in readers(value)]
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
             if not stop(node):
-                pending.extend(user for value in node.outputs for user in value.consumers)
+                pending.extend(user for value in node.outputs for user in readers(value))
     return found
 
 
@@ -366,4 +383,5 @@ __all__ = [
     "known",
     "producers",
     "reaches",
+    "readers",
 ]

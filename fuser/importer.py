@@ -299,8 +299,6 @@ class _Reader:
             node.outputs.append(value)
         captured = [self._lookup(name) for attribute in carried for name in _outer_names(attribute)]
         node.captures = tuple(dict.fromkeys(captured))
-        for value in node.captures:
-            value.captured = True
         self.graph.insert(node)
 
     def _filled(self, name: str, constant: Constant) -> Value:

@@ -91,16 +91,14 @@ def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:
     operator = REGISTRY[node.op]
     inputs = node.inputs + [None] * (len(operator.signature.inputs) - len(node.inputs))
     found = lowering(Emitter(graph, node), *inputs, **node.attributes)
-    for old, new in zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=True):
-        # The name stays with what it named.
-        old.name, new.name = new.name, old.name
-        new.dtype, new.shape = new.dtype or old.dtype, new.shape or old.shape
-        graph.replace(old, new)
-        if old.captured:
-            new.captured = True
-            for reader in graph.nodes:
-                reader.captures = tuple(new if value is old else value for value in reader.captures)
     graph.remove(node)
+    for old, new in zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=True):
+        # The value stays, with its name and its readers (a control-flow body among them); only its producer is new.
+        graph.replace(new, old)
+        maker = new.producer
+        assert maker is not None
+        maker.outputs[new.index] = old
+        old.producer, old.index = maker, new.index
 
 
 class _Functions:

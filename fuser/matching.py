@@ -2,7 +2,8 @@
 
 A match starts at the pattern's rarest operator, follows inputs backwards, and reaches the other outputs by climbing from
 what is already bound to its readers. The engine, not the pattern, sees to it that no interior value escapes and that the
-region is convex.
+region is convex. Where there is no match, a second search that overlooks a wrong attribute or number finds out how near
+the place was, and what is wrong there.
 """
 
 from collections import Counter
@@ -14,9 +15,10 @@ from typing import Any
 
 import onnx
 
+from fuser import operators
 from fuser.dims import text
-from fuser.fused import Source
-from fuser.graph import Graph, Node, Value, reaches
+from fuser.fused import Source, children
+from fuser.graph import Graph, Node, Value, reaches, readers
 from fuser.pattern import (
     COMMUTATIVE,
     Absent,
@@ -30,9 +32,11 @@ from fuser.pattern import (
     Pattern,
     Result,
     Var,
+    require,
 )
 
 STEP_BUDGET = 20_000  # for one anchor; an ordinary match takes a few dozen
+OVERLOOKED = 2  # wrong attributes and numbers that the search for a reason passes over
 CHECK, ESCAPE, STRUCTURE = range(3)  # how a candidate failed, the nearest to a match first
 
 
@@ -47,19 +51,21 @@ class Failure:
     expected: str
     found: str
     place: Node | None
+    nodes: frozenset[Node] = frozenset()  # what had matched
 
     @property
-    def closeness(self) -> tuple[int, float]:
-        return (-self.rank, self.matched / max(1, self.total))
+    def closeness(self) -> tuple[int, float, int]:
+        """Greater is nearer; of two equally near ones the one that saw more of the graph knows better."""
+        return (-self.rank, self.matched / max(1, self.total), len(self.nodes))
 
 
 @cache
 def _default(op: str, domain: str, name: str) -> Any:
-    """The default ONNX gives an attribute that is not there."""
+    """The default ONNX, or ONNX Runtime for what it contributes, gives an attribute that is not there."""
     try:
         attribute = onnx.defs.get_schema(op, domain=domain).attributes.get(name)
     except onnx.defs.SchemaError:
-        return None
+        return operators.default(op, domain, name)
     if attribute is None or not attribute.default_value.name:
         return None
     found = onnx.helper.get_attribute_value(attribute.default_value)
@@ -89,7 +95,8 @@ def describe(value: Value | None) -> str:
     if value is None:
         return "no input"
     if value.constant is not None:
-        return f"constant {value.name}{text(value.shape)}"
+        number = value.scalar
+        return f"constant {value.name}{text(value.shape)}" if number is None else f"constant {number:g} ({value.name})"
     if value.producer is None:
         return f"input {value.name}"
     return describe_node(value.producer)
@@ -117,7 +124,7 @@ class Matcher:
         self.anchor = min(
             source.required, key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node))
         )
-        self.total = len(source.required)
+        self.total = source.size
         self.failures: dict[Node, Failure] = {}
 
     def candidates(self) -> list[Node]:
@@ -126,22 +133,37 @@ class Matcher:
 
     def match(self, node: Node) -> Match | None:
         """The first match anchored at `node`; a failure is kept in `failures`."""
+        self._best: Failure | None = None
+        self._exhausted = False
+        found = self._search(node, overlook=0)
+        best: Failure | None = self._best
+        if found is None and not self._exhausted and (best is None or best.rank == STRUCTURE):
+            self._search(node, overlook=OVERLOOKED)
+            best = self._best
+        if found is None and best is not None:
+            self.failures[node] = best
+        return found
+
+    def _search(self, node: Node, overlook: int) -> Match | None:
+        """The first match anchored at `node`. Up to `overlook` wrong attributes or numbers do not end a search."""
         self._vars: dict[str, Value | None] = {}
         self._nodes: dict[int, Node] = {}
         self._attributes: dict[str, Any] = {}
         self._outputs: list[Value] = []
+        self._wrong: list[tuple[Apply, str, str, Node | None]] = []
+        self._overlook = overlook
         self._steps = 0
-        self._best: Failure | None = None
-        found: Match | None = None
         try:
             for _ in self._anchored(node):
                 if (found := self._accept()) is not None:
                     return found
         except _OutOfSteps:
-            self._fail(STRUCTURE, self.anchor, "a match within the step budget", f"none in {STEP_BUDGET} steps", node)
-        best: Failure | None = self._best
-        if best is not None:
-            self.failures[node] = best
+            self._exhausted = True
+            self._best = None
+            self._fail(
+                STRUCTURE, self.anchor, "a match or its end within the step budget", f"neither in {STEP_BUDGET} steps",
+                node, matched=self.total,
+            )  # fmt: skip
         return None
 
     def _anchored(self, node: Node) -> Iterator[None]:
@@ -192,11 +214,17 @@ class Matcher:
             else:
                 self._mismatch(f"{pattern.name} again ({describe(bound)})", value)
         elif isinstance(pattern, Either):
-            for alternative in pattern.alternatives:
-                yield from self._solve((alternative, value, rest))
+            for alternative in pattern.alternatives[:-1]:
+                if not _is_elsewhere(alternative, value):
+                    yield from self._solve((alternative, value, rest))
+            yield from self._solve((pattern.alternatives[-1], value, rest))
         elif isinstance(pattern, Literal):
             if value is not None and pattern.accepts(value):
                 yield from self._solve(rest)
+            elif value is not None and value.scalar is not None and len(self._wrong) < self._overlook:
+                self._wrong.append((self.anchor, f"constant {pattern}", describe(value), self._reader(value)))
+                yield from self._solve(rest)
+                self._wrong.pop()
             else:
                 self._mismatch(f"constant {pattern}", value)
         elif isinstance(pattern, Absent):
@@ -224,22 +252,25 @@ class Matcher:
             self._fail(STRUCTURE, wanted, str(wanted), describe(value), node)
             return
         captured: dict[str, Any] = {}
+        before_wrong = len(self._wrong)
         for name, expected in wanted.attributes.items():
             actual = attribute(node, name)
             if isinstance(expected, Capture):
                 captured[expected.name] = actual
             elif not _same(expected, actual):
-                self._fail(
-                    STRUCTURE,
-                    wanted,
-                    f"{wanted.op} with {name}={expected}",
-                    f"{name}={actual} at {node.origin.sources[0] if node.origin.sources else node.name}",
-                    node,
-                )
-                return
+                at = node.origin.sources[0] if node.origin.sources else node.name
+                reason = (wanted, f"{wanted.op} with {name}={expected}", f"{name}={actual} at {at}", node)
+                if len(self._wrong) == self._overlook:
+                    self._fail(STRUCTURE, *reason)
+                    del self._wrong[before_wrong:]
+                    return
+                self._wrong.append(reason)
         inputs = list(node.inputs)
-        if any(extra is not None for extra in inputs[len(wanted.inputs) :]) or node in self._nodes.values():
-            self._fail(STRUCTURE, wanted, f"{wanted.op} of {len(wanted.inputs)} inputs", describe(value), node)
+        more = any(extra is not None for extra in inputs[len(wanted.inputs) :])
+        if more or node in self._nodes.values():
+            expected = f"{wanted.op} of {len(wanted.inputs)} inputs" if more else f"another {wanted.op}"
+            self._fail(STRUCTURE, wanted, expected, describe(value), node)
+            del self._wrong[before_wrong:]
             return
         inputs += [None] * (len(wanted.inputs) - len(inputs))
         self._nodes[id(wanted)] = node
@@ -256,6 +287,7 @@ class Matcher:
             yield from self._solve(goals)
         self._attributes = before
         del self._nodes[id(wanted)]
+        del self._wrong[before_wrong:]
 
     def _climb(self, index: int) -> Iterator[None]:
         """Finds the pattern's outputs, from the first to the last, upward of what is bound."""
@@ -285,14 +317,24 @@ class Matcher:
         bound = self._nodes.get(id(pattern.node))
         if bound is not None:
             return [bound.outputs[pattern.index]]
-        for sub in pattern.node.inputs:
-            below = self._reachable(sub)
-            if below:
-                users = dict.fromkeys(user for value in below for user in value.consumers)
-                return [user.outputs[pattern.index] for user in users if _is_like(user, pattern.node)]
+        # What a bound node makes has few readers; what a variable stands for may have many.
+        for sub in sorted(pattern.node.inputs, key=lambda sub: not self._is_bound(sub)):
+            users = dict.fromkeys(user for value in self._reachable(sub) for user in value.consumers)
+            found = [user.outputs[pattern.index] for user in users if _is_like(user, pattern.node)]
+            if found:
+                return found
         return []
 
+    def _is_bound(self, pattern: Pattern | None) -> bool:
+        """Whether some node of a pattern has its node in the graph."""
+        if isinstance(pattern, Result) and id(pattern.node) in self._nodes:
+            return True
+        return pattern is not None and any(self._is_bound(sub) for sub in children(pattern))
+
     def _accept(self) -> Match | None:
+        if self._wrong:
+            self._fail(STRUCTURE, *self._wrong[0], matched=self.total - len(self._wrong))
+            return None
         match = Match(dict(self._vars), dict(self._attributes), dict(self._nodes), tuple(self._outputs))
         region = match.region
         inside, outputs = set(region), set(match.outputs)
@@ -309,24 +351,35 @@ class Matcher:
                         f"{value.name} to be read only inside the match",
                         f"it is read by {by}",
                         node,
+                        matched=self.total,
                     )
                     return None
         try:
             if not convex(region, match.outputs):
-                raise CheckFailed("a path leads out of the match and back in")
+                raise CheckFailed("no path may lead out of the match and back in")
             inputs, attributes = self.source.read(match)
-            self.source.operator.output_shapes([_as_value(x) for x in inputs], attributes)
+            given = [_as_value(x) for x in inputs]
+            self.source.operator.output_shapes(given, attributes)
+            for value in match.outputs:
+                # The fused node gives its first input's type; a Cast behind it is then no part of the match.
+                dtype = given[0].dtype if given[0] is not None else None
+                require(None in (dtype, value.dtype) or value.dtype is dtype, f"{value.name} must be {dtype}", value)
         except NotThis:
             return None
         except CheckFailed as failed:
-            place = failed.place.producer if failed.place is not None else None
             found = describe(failed.place) if failed.place is not None else describe_node(region[-1])
-            self._fail(CHECK, self.anchor, str(failed), found, place or region[-1], complete=True)
+            self._fail(CHECK, self.anchor, str(failed), found, _place(failed.place, region), matched=self.total)
             return None
         return match
 
     def _mismatch(self, expected: str, value: Value | None) -> None:
-        self._fail(STRUCTURE, self.anchor, expected, describe(value), value.producer if value is not None else None)
+        self._fail(STRUCTURE, self.anchor, expected, describe(value), self._reader(value))
+
+    def _reader(self, value: Value | None) -> Node | None:
+        """The node to look at for a value that is not what it should be: what makes it, or what of the match reads it."""
+        if value is not None and value.producer is not None:
+            return value.producer
+        return next((node for node in reversed(self._nodes.values()) if value in node.inputs), None)
 
     def _unreachable(self, pattern: Pattern | None) -> None:
         while isinstance(pattern, Either):
@@ -345,12 +398,29 @@ class Matcher:
                 return
 
     def _fail(
-        self, rank: int, wanted: Apply, expected: str, found: str, place: Node | None, complete: bool = False
+        self, rank: int, wanted: Apply, expected: str, found: str, place: Node | None, matched: int | None = None
     ) -> None:
-        matched = self.total if complete or rank == ESCAPE else min(len(self._nodes), self.total - 1)
-        best = self._best
-        if best is None or (-rank, matched) > (-best.rank, best.matched):
-            self._best = Failure(rank, matched, self.total, wanted.line, expected, found, place)
+        if matched is None:
+            matched = min(len(self._nodes), self.total - 1) - len(self._wrong)
+        failure = Failure(
+            rank, matched, self.total, wanted.line, expected, found, place, frozenset(self._nodes.values())
+        )
+        if self._best is None or failure.closeness > self._best.closeness:
+            self._best = failure
+
+
+def _is_elsewhere(pattern: Pattern, value: Value | None) -> bool:
+    """Whether an alternative is out of the question at once: a node of another operator than the one that stands there."""
+    if not isinstance(pattern, Result):
+        return False
+    return value is None or value.producer is None or not _is_like(value.producer, pattern.node)
+
+
+def _place(value: Value | None, region: list[Node]) -> Node:
+    """The node to look at for a value: the one that makes it; for an input or a constant the one that reads it."""
+    if value is not None and value.producer is not None:
+        return value.producer
+    return next((node for node in region if value is not None and value in node.inputs), region[-1])
 
 
 def _as_value(given: Any) -> Value | None:
@@ -371,7 +441,7 @@ def convex(region: list[Node], outputs: tuple[Value, ...]) -> bool:
         return True  # every path out starts at the end
     inside = set(region)
     last = max(node.place or 0.0 for node in region)
-    outward = [user for value in outputs for user in value.consumers if user not in inside]
+    outward = [user for value in outputs for user in readers(value) if user not in inside]
     starts = [value for user in outward for value in user.outputs]
     return not (reaches(starts, lambda node: (node.place or 0.0) > last) & inside) and not (set(outward) & inside)
 

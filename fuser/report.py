@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from fuser.matching import CHECK
 from fuser.rewriting import Miss
 from fuser.verification import Verification
 
@@ -100,8 +101,8 @@ def miss_lines(miss: Miss) -> list[str]:
     return [
         f"{miss.fusion}: near miss{times}",
         f"  {miss.matched} of {miss.total} nodes{where}   {miss.line}",
-        f"  expected {miss.expected}",
-        f"  found    {miss.found}" + (f"  (node {miss.node})" if miss.node and miss.node not in miss.found else ""),
+        f"  {'' if miss.rank == CHECK else 'expected '}{miss.expected}",
+        f"  found    {miss.found}" + ("" if f" at {miss.node}" in miss.found else f"  (node {miss.node})"),
     ]
 
 

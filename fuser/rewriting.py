@@ -88,10 +88,11 @@ def _apply(
             disagreement = checker.check(proposal)
             outcome.check_s += perf_counter() - before
             if disagreement is not None:
-                expected = f"the fused node to compute the same as the {len(match.region)} nodes it replaces"
+                expected = f"the fused node must compute the same as the {len(match.region)} nodes it replaces"
                 matcher.failures[anchor] = Failure(
-                    CHECK, matcher.total, matcher.total, matcher.anchor.line, expected, disagreement, anchor
-                )
+                    CHECK, matcher.total, matcher.total, matcher.anchor.line, expected, disagreement, anchor,
+                    frozenset(match.region),
+                )  # fmt: skip
                 continue
         replace(graph, proposal, match)
     outcome.match_s += perf_counter() - start - (outcome.check_s - checking)
@@ -104,7 +105,13 @@ def replace(graph: Graph, proposal: Rewrite, match: Match) -> Node:
     inputs = [_input(graph, operator, given, i) for i, given in enumerate(proposal.inputs)]
     while inputs and inputs[-1] is None:
         inputs.pop()
-    node = Node(operator.name, inputs, list(match.outputs), dict(proposal.attributes), FUSER)
+    outputs = list(match.outputs)
+    # A source may be without the last outputs (the sum that a contributed node was not asked for); nothing reads them.
+    outputs += [
+        Value(graph.fresh_name(f"{outputs[0].name}_{argument.name}"), outputs[0].dtype)
+        for argument in operator.signature.outputs[len(outputs) :]
+    ]
+    node = Node(operator.name, inputs, outputs, dict(proposal.attributes), FUSER)
     node.origin = Origin.union(part.origin for part in region)
     for part in reversed(region):
         for value in part.outputs:
@@ -145,8 +152,13 @@ def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) ->
             continue
         if anchor not in closest or failure.closeness > closest[anchor][1].closeness:
             closest[anchor] = (operator, failure)
+    ranked = sorted(closest.items(), key=lambda item: (item[1][1].rank, -len(item[1][1].nodes)))
     misses: dict[tuple[str, str, int], Miss] = {}
-    for anchor, (operator, failure) in closest.items():
+    explained: list[frozenset[Node]] = []
+    for anchor, (operator, failure) in ranked:
+        if any(failure.nodes <= nodes for nodes in explained):
+            continue  # part of a place that is reported already: the norm inside a LayerNorm
+        explained.append(failure.nodes)
         place = failure.place if failure.place is not None else anchor
         key = (operator.name, failure.line, failure.matched)
         if key in misses:

@@ -48,6 +48,9 @@ def standard(x: Any, weight: Any, bias: Any) -> Any:
 
 @layer_norm.lower("ort")
 def _(op: Any, x: Any, weight: Any, bias: Any, *, eps: float) -> Any:
+    if weight.dtype is not x.dtype:  # the operator takes one type
+        wide = op.Cast(x, to=weight.dtype.onnx)
+        return op.Cast(layer_norm.lowerings["ort"](op, wide, weight, bias, eps=eps), to=x.dtype.onnx)
     return op.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps, stash_type=1)
 
 

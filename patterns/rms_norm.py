@@ -61,6 +61,9 @@ def contributed(x: Any, weight: Any) -> Any:
 
 @rms_norm.lower("ort")
 def _(op: Any, x: Any, weight: Any, *, eps: float) -> Any:
+    if weight is not None and weight.dtype is not x.dtype:  # the operator takes one type
+        wide = op.Cast(x, to=weight.dtype.onnx)
+        return op.Cast(rms_norm.lowerings["ort"](op, wide, weight, eps=eps), to=x.dtype.onnx)
     gamma = op.ones_like_last(x) if weight is None else weight
     if op.opset >= 23:
         return op.RMSNormalization(x, gamma, axis=-1, epsilon=eps, stash_type=1)

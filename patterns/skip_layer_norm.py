@@ -44,14 +44,19 @@ def contributed(x: Any, skip: Any, weight: Any, bias: Any) -> Any:
     return y, total
 
 
-def skip_node_takes(x: Value) -> bool:
-    """ONNX Runtime's skip nodes take [tokens, D] and [batch, length, D]."""
-    return x.shape is not None and len(x.shape) in (2, 3)
+@skip_layer_norm.source
+def contributed_sole(x: Any, skip: Any, weight: Any, bias: Any) -> Any:
+    return op.microsoft.SkipLayerNormalization(x, skip, weight, optional(bias), epsilon=capture("eps"))
+
+
+def skip_node_takes(x: Value, weight: Value) -> bool:
+    """ONNX Runtime's skip nodes take [tokens, D] and [batch, length, D], and one type."""
+    return x.shape is not None and len(x.shape) in (2, 3) and weight.dtype is x.dtype
 
 
 @skip_layer_norm.lower("ort")
 def _(op: Any, x: Any, skip: Any, weight: Any, bias: Any, *, eps: float) -> Any:
-    if not skip_node_takes(x):
+    if not skip_node_takes(x, weight):
         total = op.Add(x, skip)
         return layer_norm.lowerings["ort"](op, total, weight, bias, eps=eps), total
     y, _, _, total = op.microsoft.SkipLayerNormalization(x, skip, weight, bias, epsilon=eps, outputs=4)

@@ -42,7 +42,7 @@ def contributed_sole(x: Any, skip: Any, weight: Any) -> Any:
 
 @skip_rms_norm.lower("ort")
 def _(op: Any, x: Any, skip: Any, weight: Any, *, eps: float) -> Any:
-    if weight is None or not skip_node_takes(x):
+    if weight is None or not skip_node_takes(x, weight):
         total = op.Add(x, skip)
         return rms_norm.lowerings["ort"](op, total, weight, eps=eps), total
     y, _, _, total = op.microsoft.SkipSimplifiedLayerNormalization(x, skip, weight, epsilon=eps, outputs=4)

@@ -1,7 +1,17 @@
-"""What every test shares: at most two torch threads, and `gpu` tests skipped where there is no CUDA device."""
+"""What every test shares: at most two torch threads, `gpu` tests skipped where there is no CUDA device, golden files."""
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what was measured into the golden files")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be rewritten rather than compared."""
+    return bool(request.config.getoption("--update-golden"))
 
 
 def pytest_configure() -> None:

@@ -12,6 +12,6 @@ from fuser.operators import (  # noqa: F401  importing a module enters its opera
     reductions,
     shapes,
 )
-from fuser.operators.table import evaluate, supported
+from fuser.operators.table import default, evaluate, supported
 
-__all__ = ["evaluate", "supported"]
+__all__ = ["default", "evaluate", "supported"]

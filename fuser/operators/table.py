@@ -62,6 +62,13 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
     return enter
 
 
+def default(op: str, domain: str, attribute: str) -> Any:
+    """The value an operator takes for an attribute that is left out; None where there is none."""
+    row = TABLE.get((_plain(domain), op))
+    parameter = inspect.signature(row.compute).parameters.get(attribute) if row is not None else None
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
 def supported(op: str, domain: str = "") -> bool:
     """Whether the table defines `op`; it may still refuse a form of it with UnsupportedOperator."""
     return (_plain(domain), op) in TABLE

@@ -9,9 +9,9 @@ from fuser.shapes.table import RULES, Inferred, axis_of, broadcast, dtype_of, ru
 @rule(
     "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Ceil", "Celu", "Clip", "Cos", "Cosh", "CumSum",
     "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Hardmax", "Identity", "LeakyRelu", "Log", "LogSoftmax",
-    "Mish", "Neg", "Not", "Reciprocal", "Relu", "RMSNormalization", "RotaryEmbedding", "Round", "Selu", "Sigmoid", "Sign",
+    "Mish", "Neg", "Not", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid", "Sign",
     "Sin", "Sinh", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Trilu", "ScatterND",
-    "ScatterElements", "Dropout", "SimplifiedLayerNormalization",
+    "ScatterElements", "Dropout",
 )  # fmt: skip
 def _same(graph: Graph, node: Node) -> list[Inferred]:
     value = node.inputs[0]
@@ -23,6 +23,14 @@ def _same(graph: Graph, node: Node) -> list[Inferred]:
 for _op in ("QuickGelu", "Gelu", "FastGelu", "BiasGelu", "RotaryEmbedding"):
     RULES[(MICROSOFT, _op)] = _same
 RULES[(FUSER, "Rsqrt")] = _same
+
+
+@rule("RMSNormalization", "SimplifiedLayerNormalization")
+def _rms_normalization(graph: Graph, node: Node) -> list[Inferred]:
+    """The result has the weight's type, which may differ from the input's."""
+    value = node.inputs[0]
+    assert value is not None
+    return [(dtype_of(node, 1) or value.dtype, value.shape)]
 
 
 @rule("LayerNormalization")
