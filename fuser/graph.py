@@ -123,7 +123,9 @@ class Node:
     def __repr__(self) -> str:
         outputs = ", ".join(v.name for v in self.outputs)
         inputs = ", ".join(v.name if v else "-" for v in self.inputs)
-        attributes = "".join(f", {k}={v:g}" if isinstance(v, float) else f", {k}={v}" for k, v in self.attributes.items())
+        attributes = "".join(
+            f", {k}={v:g}" if isinstance(v, float) else f", {k}={v}" for k, v in self.attributes.items()
+        )
         return f"{outputs} = {self.domain + '.' if self.domain else ''}{self.op}({inputs}{attributes})"
 
 
