@@ -26,7 +26,9 @@ TOLERANCE = {DType.FLOAT32: 2e-6, DType.FLOAT16: 2e-3}
 
 
 def _described(graph: Graph, misses: list[Miss]) -> str:
-    lines = [str(graph) if any(node.domain == FUSER and node.op != "Rsqrt" for node in graph.nodes) else "nothing fused"]
+    lines = [
+        str(graph) if any(node.domain == FUSER and node.op != "Rsqrt" for node in graph.nodes) else "nothing fused"
+    ]
     for miss in misses:
         # A pattern may move within its file.
         lines += ["", *(re.sub(r"\.py:\d+", ".py", line) for line in miss_lines(miss))]
