@@ -100,7 +100,7 @@ def instances(operator: FusedOp) -> Iterator[Instance]:
             if not _fits(source, example):
                 continue
             first = True
-            for instance in _variants(operator, source, example):
+            for instance in variants(operator, source, example):
                 if first or not instance.taken <= seen:
                     seen |= instance.taken
                     instance.number = len(seen)
@@ -162,7 +162,8 @@ def _choices(source: Source) -> list[Either | Absent]:
     return list(found.values())
 
 
-def _variants(operator: FusedOp, source: Source, example: dict[str, Any]) -> Iterator[Instance]:
+def variants(operator: FusedOp, source: Source, example: dict[str, Any]) -> Iterator[Instance]:
+    """The instances of one source and one example, one for each choice of alternatives that types allow."""
     choices = _choices(source)
     forms = [range(len(p.alternatives) if isinstance(p, Either) else 2) for p in choices]
     for picked in itertools.product(*forms):
