@@ -60,6 +60,15 @@ class Emitter:
         """`number` in the type of `value`."""
         return self.CastLike(self.Constant(value_float=number), value)
 
+    def widened(self, value: Value) -> Any:
+        """`value` in float32, or in float64 where it is that."""
+        return value if value.dtype is DType.FLOAT64 else self.Cast(value, to=self.FLOAT)
+
+    def number(self, number: Any, wide: Value) -> Any:
+        """A function's float attribute in the type of a widened value."""
+        found = self.Constant(value_float=number)
+        return self.CastLike(found, wide) if wide.dtype is DType.FLOAT64 else found
+
     def ones_like_last(self, value: Value) -> Value:
         """Ones as long as the last axis of `value`, for operators that insist on a weight."""
         assert value.shape is not None and isinstance(value.shape[-1], int) and value.dtype is not None
@@ -111,7 +120,8 @@ class _Functions:
     def call(self, node: Node, operator: FusedOp) -> None:
         floats = {name: value for name, value in node.attributes.items() if isinstance(value, float)}
         baked = {name: value for name, value in node.attributes.items() if name not in floats}
-        present = tuple(value is not None for value in node.inputs)
+        # One body serves all types but float64, in which it must not narrow what it computes.
+        present = tuple(value and (value.dtype is DType.FLOAT64) for value in node.inputs)
         key = (operator.name, tuple(sorted(baked.items())), present, len(node.outputs))
         if key not in self.bodies:
             taken = {body.name for body in self.bodies.values()}

@@ -56,12 +56,12 @@ def _(op: Any, x: Any, weight: Any, bias: Any, *, eps: float) -> Any:
 
 @layer_norm.lower("functions")
 def _(op: Any, x: Any, weight: Any, bias: Any, *, eps: Any) -> Any:
-    wide = op.Cast(x, to=op.FLOAT)
+    wide = op.widened(x)
     centered = op.Sub(wide, op.ReduceMean(wide, axes=(-1,), keepdims=1))
     variance = op.ReduceMean(op.Mul(centered, centered), axes=(-1,), keepdims=1)
-    y = op.Div(centered, op.Sqrt(op.Add(variance, op.Constant(value_float=eps))))
-    y = op.Mul(y, op.Cast(weight, to=op.FLOAT))
-    return op.CastLike(y if bias is None else op.Add(y, op.Cast(bias, to=op.FLOAT)), x)
+    y = op.Div(centered, op.Sqrt(op.Add(variance, op.number(eps, wide))))
+    y = op.Mul(y, op.widened(weight))
+    return op.CastLike(y if bias is None else op.Add(y, op.widened(bias)), x)
 
 
 layer_norm.examples(

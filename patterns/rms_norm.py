@@ -72,10 +72,10 @@ def _(op: Any, x: Any, weight: Any, *, eps: float) -> Any:
 
 @rms_norm.lower("functions")
 def _(op: Any, x: Any, weight: Any, *, eps: Any) -> Any:
-    wide = op.Cast(x, to=op.FLOAT)
+    wide = op.widened(x)
     mean = op.ReduceMean(op.Mul(wide, wide), axes=(-1,), keepdims=1)
-    y = op.Div(wide, op.Sqrt(op.Add(mean, op.Constant(value_float=eps))))
-    return op.CastLike(y if weight is None else op.Mul(y, op.Cast(weight, to=op.FLOAT)), x)
+    y = op.Div(wide, op.Sqrt(op.Add(mean, op.number(eps, wide))))
+    return op.CastLike(y if weight is None else op.Mul(y, op.widened(weight)), x)
 
 
 rms_norm.examples(

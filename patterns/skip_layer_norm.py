@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fuser.dtypes import DType
 from fuser.fused import fused_op
 from fuser.graph import Value, is_static
 from fuser.pattern import Match, applies, capture, op, optional
@@ -50,8 +51,9 @@ def contributed_sole(x: Any, skip: Any, weight: Any, bias: Any) -> Any:
 
 
 def skip_node_takes(x: Value, weight: Value) -> bool:
-    """ONNX Runtime's skip nodes take [tokens, D] and [batch, length, D], and one type."""
-    return x.shape is not None and len(x.shape) in (2, 3) and weight.dtype is x.dtype
+    """ONNX Runtime's skip nodes take [tokens, D] and [batch, length, D], and one type of at most 32 bits."""
+    one_type = weight.dtype is x.dtype is not DType.FLOAT64
+    return x.shape is not None and len(x.shape) in (2, 3) and one_type
 
 
 @skip_layer_norm.lower("ort")

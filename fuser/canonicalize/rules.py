@@ -51,10 +51,13 @@ def become(graph: Graph, node: Node, new: Value) -> bool:
     """Replaces a node's only output and removes the node, unless a control-flow body reads it by name."""
     if any(value.captured for value in node.outputs):
         return False
-    new.dtype = new.dtype or node.output.dtype
-    graph.replace(node.output, new)
+    old = node.output
+    new.dtype = new.dtype or old.dtype
+    graph.replace(old, new)
     if not any(value.uses or value.is_output for value in node.outputs):
         graph.remove(node)
+        if new.producer is not None and new.name.startswith(f"{old.name}_"):
+            old.name, new.name = new.name, old.name  # what was emitted in its place takes its name
     return True
 
 
