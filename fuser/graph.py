@@ -211,6 +211,13 @@ class Graph:
             self.outputs = [new if value is old else value for value in self.outputs]
             old.is_output, new.is_output = False, True
 
+    def recapture(self, old: Value, new: Value) -> None:
+        """Makes the control-flow bodies that read `old` by name read `new`, which must have that name by now."""
+        for node in self.nodes:
+            if old in node.captures:
+                node.captures = tuple(new if value is old else value for value in node.captures)
+        old.captured, new.captured = False, True
+
     def clone(self) -> "Graph":
         """A copy that shares constants and protobufs with this graph, and nothing that passes change."""
         copy = Graph(self.name, self.opset)
@@ -267,7 +274,7 @@ class Graph:
             seen.add(id(value))
             yield value
         for node in self.nodes:
-            for used in (*node.inputs, *node.outputs):
+            for used in (*node.inputs, *node.captures, *node.outputs):
                 if used is not None and id(used) not in seen:
                     seen.add(id(used))
                     yield used

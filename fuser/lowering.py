@@ -91,6 +91,8 @@ def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:
         old.name, new.name = new.name, old.name
         new.dtype, new.shape = new.dtype or old.dtype, new.shape or old.shape
         graph.replace(old, new)
+        if old.captured:
+            graph.recapture(old, new)
     graph.remove(node)
 
 
