@@ -276,7 +276,7 @@ class _Reader:
                 shape.append(dim.dim_value)
                 continue
             found = dims.symbol(dim.dim_param or f"{value.name}[{axis}]")
-            self.graph.dim_sources.setdefault(found, (value, axis))
+            self.graph.define(found, value, axis)
             shape.append(found)
         value.shape = tuple(shape)
 
@@ -290,7 +290,7 @@ class _Reader:
                 if dim.HasField("dim_value") and dim.dim_value >= 0:
                     shape.append(dim.dim_value)
                 else:
-                    self.graph.dim_sources.setdefault(own, (value, axis))
+                    self.graph.define(own, value, axis)
                     shape.append(own)
             value.shape = tuple(shape)
 

@@ -9,7 +9,11 @@ from fuser import dims
 from fuser.content import CONTENT_LIMIT, content_of
 from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
+from fuser.errors import InputError
 from fuser.graph import Graph, Node, Value
+
+# What Python raises when a node's inputs or attributes are not what its operator takes.
+MISFITS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 Inferred = tuple[DType | None, Sequence[Dim | None] | None]
 Rule = Callable[[Graph, Node], list[Inferred]]
@@ -37,14 +41,18 @@ def infer(graph: Graph) -> None:
 def infer_node(graph: Graph, node: Node) -> None:
     """Sets dtype, shape and content of a node's outputs from its inputs."""
     infer_one = RULES.get((node.domain, node.op))
-    results = infer_one(graph, node) if infer_one else _fallback(graph, node)
+    try:
+        results = infer_one(graph, node) if infer_one else _fallback(graph, node)
+        found = content_of(node) if len(node.outputs) == 1 else None
+    except MISFITS as error:
+        raise InputError(f"{node.op} '{node.name}' does not fit its inputs: {node} ({error})") from error
     for i, value in enumerate(node.outputs):
         dtype, shape = results[i] if i < len(results) else (None, None)
         if dtype is not None:
             value.dtype = dtype
         if shape is not None:
             _settle(graph, value, shape)
-    if len(node.outputs) == 1 and (found := content_of(node)) is not None:
+    if found is not None:
         node.output.content = found
 
 
@@ -57,7 +65,11 @@ def _settle(graph: Graph, value: Value, shape: Sequence[Dim | None]) -> None:
             own = dims.symbol(f"{value.name}[{axis}]")
             dim = before[axis] if before else own
             if dim == own:
-                graph.dim_sources.setdefault(own, (value, axis))
+                graph.define(own, value, axis)
+        elif before and before[axis] != dim and graph.dim_sources.get(before[axis]) == (value, axis):
+            found = dims.replace(dim, graph.learned)
+            if before[axis] not in dims.symbols([found]):
+                graph.learned[before[axis]] = found
         settled.append(dim)
     value.shape = tuple(settled)
 
