@@ -17,20 +17,13 @@ from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.shapes import infer_node
 
+REDUCTIONS = frozenset(
+    {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum",
+     "ReduceLogSumExp", "ReduceSum"}
+)  # fmt: skip
 # operator -> (parameter, input index, first opset in which it is an input)
-_REDUCTIONS = (
-    "ReduceMean",
-    "ReduceMax",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceSumSquare",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-)
 PARAMETERS: dict[str, tuple[tuple[str, int, int], ...]] = {
-    **dict.fromkeys(_REDUCTIONS, (("axes", 1, 18),)),
+    **dict.fromkeys(REDUCTIONS, (("axes", 1, 18),)),
     "ReduceSum": (("axes", 1, 13),),
     "Squeeze": (("axes", 1, 13),),
     "Unsqueeze": (("axes", 1, 13),),
@@ -96,8 +89,9 @@ def _computed(value: Value | None, wanted: Shape) -> list[int]:
 class Spelling:
     """Writes parameters out as inputs, sharing one computation of each dim."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, any_rank: bool = False) -> None:
         self.graph = graph
+        self.any_rank = any_rank  # the ranks known are those of one call among several
         self._constants: dict[Any, Value] = {}
         self._elements: dict[Dim, Value] = {}
         self._vectors: dict[Shape, Value] = {}
@@ -134,6 +128,7 @@ class Spelling:
 
     def _parameters(self, node: Node) -> None:
         rows = PARAMETERS.get(node.op, ()) if not node.domain else ()
+        self._reductions(node)
         for name, index, since in rows:
             if name not in node.attributes or self.graph.opset < since:
                 continue
@@ -143,6 +138,12 @@ class Spelling:
             while len(node.inputs) <= index:
                 node.inputs.append(None)
             self.graph.set_input(node, index, self.vector(wanted))
+
+    def _reductions(self, node: Node) -> None:
+        """Counts the axes of a reduction from the front: of an empty tensor, ONNX Runtime reduces none that is negative."""
+        value, axes = node.input(0), node.attributes.get("axes")
+        if node.op in REDUCTIONS and not self.any_rank and axes is not None and value is not None and value.shape is not None:
+            node.attributes["axes"] = tuple(axis % len(value.shape) for axis in axes)
 
     def _reshape_target(self, node: Node, wanted: Shape) -> Shape:
         """A Reshape's target with nothing computed where that can be: 0 keeps a dim in place, one -1 takes the rest."""
