@@ -1,7 +1,7 @@
 """The Python API: `fuser.fuse(model)` and the FusedModel it returns."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -14,11 +14,11 @@ from fuser.dtypes import DType
 from fuser.errors import UsageError, VerificationError
 from fuser.exporter import Artifact, export
 from fuser.graph import Graph
-from fuser.importer import from_proto, read_model
+from fuser.importer import external_files, from_proto, read_model
 from fuser.lowering import TARGETS
 from fuser.report import Report, miss_lines
 from fuser.rewriting import rewrite
-from fuser.verification import WEIGHT_LIMIT_BYTES, Verification, compare, roles
+from fuser.verification import WEIGHT_LIMIT_BYTES, Role, Verification, compare, roles
 
 Progress = Callable[[str], None]
 
@@ -26,20 +26,21 @@ Progress = Callable[[str], None]
 class FusedModel:
     """A fused model: its graph, its report, and the file it can be saved as."""
 
-    def __init__(self, graph: Graph, report: Report, artifact: Artifact, source: Path | None) -> None:
+    def __init__(self, graph: Graph, report: Report, artifact: Artifact, sources: Collection[Path]) -> None:
         self.graph = graph
         self.report = report
-        self._artifact, self._source = artifact, source
+        self.sources = sources  # the files it was read from
+        self._artifact = artifact
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model to `path`, whole or not at all; an existing file survives any failure.
 
         Raises:
-            UsageError: `path` is the source model itself, or a directory.
+            UsageError: `path` is the source model itself or its weights, or a directory.
             OutputError: the file cannot be written.
         """
-        check_output(path, self._source)
-        self._artifact.write(path)
+        check_output(path, self.sources)
+        self._artifact.write(path, keep=self.sources)
 
     def explain(self) -> str:
         """What was fused, and every near miss with its reason."""
@@ -49,15 +50,20 @@ class FusedModel:
         return "\n".join(lines if self.report.misses else [*lines, "", "no near misses"])
 
 
-def check_output(path: str | os.PathLike[str], source: Path | None) -> None:
-    """Refuses an output that is the input, or a directory, before any work is done."""
+def check_output(path: str | os.PathLike[str], sources: Collection[Path]) -> None:
+    """Refuses an output that is an input, or a directory, before any work is done."""
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"'{path}' is a directory; give the name of the file to write")
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise UsageError(f"'{path}' is the input; write to another file")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"'{path.parent}' is not a folder")
+    try:
+        if path.is_dir():
+            raise UsageError(f"'{path}' is a directory; give the name of the file to write")
+        if path.exists() and any(source.exists() and path.samefile(source) for source in sources):
+            raise UsageError(f"'{path}' is the input; write to another file")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"'{path}' is not a regular file")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"'{path.parent}' is not a folder")
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be an output: {error.strerror}") from None
 
 
 def fuse(
@@ -95,11 +101,12 @@ def fuse(
             proto = onnx.ModelProto()
             proto.CopyFrom(model)
         report.nodes_before = len(proto.graph.node)
+        sources = {path, *external_files(proto, path.parent)} if path else set()
         graph = from_proto(proto, path.parent if path else Path(), dims, path)
         report.weights_bytes_before = _weight_bytes(graph)
     with _stage(report, "canonicalize", note):
         canonicalize(graph)
-        found = roles(graph) if verify else []
+        found, unfit = _roles(graph) if verify else ([], "")
     start = perf_counter()
     note("fuse")
     outcome = rewrite(graph, patterns.ALL, verify=verify)
@@ -111,13 +118,15 @@ def fuse(
         artifact = export(graph, target, report.fused)
     report.nodes_after = len(artifact.model.graph.node)
     report.weights_bytes_after = artifact.weight_bytes
-    fused = FusedModel(graph, report, artifact, path)
+    fused = FusedModel(graph, report, artifact, sources)
     if not verify:
         report.verification = Verification(skipped="--no-verify")
         return fused
     with _stage(report, "verify", note):
         largest = max(report.weights_bytes_before, report.weights_bytes_after)
-        if largest > WEIGHT_LIMIT_BYTES:
+        if unfit:
+            report.verification = Verification(skipped=unfit)
+        elif largest > WEIGHT_LIMIT_BYTES:
             limit = WEIGHT_LIMIT_BYTES >> 20
             report.verification = Verification(
                 skipped=f"its weights exceed {limit} MiB; every rewrite was proven by itself"
@@ -132,6 +141,14 @@ def fuse(
             f"the fused model differs from the original by more than {tolerance} ({cases}); nothing was written"
         )
     return fused
+
+
+def _roles(graph: Graph) -> tuple[list[Role], str]:
+    """The inputs' roles, or the reason why inputs cannot be made."""
+    try:
+        return roles(graph), ""
+    except VerificationError as error:
+        return [], str(error)
 
 
 @contextmanager

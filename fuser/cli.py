@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fuser.errors import ExpectationError, FuserError, OutputError, UsageError
+from fuser.errors import ExpectationError, FuserError, UsageError
 from fuser.version import __version__
 
 QUIET_SECONDS = 2.0
@@ -55,13 +55,20 @@ def _version(wanted: bool) -> None:
 
 def _sizes(entries: list[str], option: str) -> dict[str, int]:
     """NAME=N pairs."""
-    found = {}
+    found: dict[str, int] = {}
     for entry in entries:
         name, _, number = entry.partition("=")
         if not name or not number.isdecimal():
             raise UsageError(f"{option} {entry}: expected NAME=N, N a whole number")
-        found[name.strip()] = int(number)
+        name, size = name.strip(), int(number[:20])
+        if found.setdefault(name, size) != size:
+            raise UsageError(f"{option} {entry}: {name} is {found[name]} already")
     return found
+
+
+def _line(text: str) -> str:
+    """`text` on one line, whatever names a model brought into it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 def _unmet(report: Any, expected: dict[str, int], strict: bool) -> list[str]:
@@ -122,19 +129,22 @@ def fuse(
              _sizes(expect or [], "--expect"), strict, as_json, quiet)  # fmt: skip
     except FuserError as error:
         progress.stop()
-        console.print(f"fuse: {error}", markup=False)
+        console.print(_line(f"fuse: {error}"), markup=False)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         progress.stop()
         console.print("fuse: interrupted; nothing was written")
         raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise  # whoever read stdout has gone; typer ends quietly
     except Exception as error:
         progress.stop()
         if verbose:
             traceback.print_exc()
         text = str(error).splitlines()[0] if str(error) else ""
         console.print(
-            f"fuse: internal error, {type(error).__name__}: {text} (-v shows where; please report it)", markup=False
+            _line(f"fuse: internal error, {type(error).__name__}: {text} (-v shows where; please report it)"),
+            markup=False,
         )
         raise typer.Exit(1) from None
     finally:
@@ -157,24 +167,26 @@ def _run(
     quiet: bool,
 ) -> None:
     from fuser import api
+    from fuser.exporter import write_text
 
     if output is not None:
-        api.check_output(output, model)
+        api.check_output(output, [model])
     if report_file is not None:
-        api.check_output(report_file, model)
+        api.check_output(report_file, [model])
+        if output is not None and output.resolve() == report_file.resolve():
+            raise UsageError(f"--report and -o are the same file, '{output}'")
     fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress)
     progress.stop()
     record = fused.report
+    if report_file is not None:
+        api.check_output(report_file, fused.sources)
     unmet = _unmet(record, expected, strict)
     if output is not None and not unmet:
         progress("write")
         fused.save(output)
         progress.stop()
     if report_file is not None:
-        try:
-            report_file.write_text(json.dumps(record.to_json(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"'{report_file}' could not be written: {error.strerror}") from None
+        write_text(report_file, json.dumps(record.to_json(), indent=2) + "\n")
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     if not quiet:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from fuser.dtypes import DType
+from fuser.errors import InputError
 
 BLOCK_BYTES = 64 << 20
 
@@ -132,9 +133,15 @@ class Stored(Constant):
     shape: tuple[int, ...]
 
     def _read(self, start_bytes: int, count_bytes: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.offset + start_bytes)
-            return file.read(count_bytes)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset + start_bytes)
+                data = file.read(count_bytes)
+        except OSError as error:
+            raise InputError(f"external data '{self.path}' can no longer be read: {error.strerror}") from None
+        if len(data) != count_bytes:
+            raise InputError(f"external data '{self.path}' has become shorter while it was read")
+        return data
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         if self.dtype.bits == 4:

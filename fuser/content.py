@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from fuser import dims
@@ -55,18 +56,17 @@ def slice_bounds(node: Node) -> dict[int, tuple[Dim, Dim, int]] | None:
     return {int(a) % rank: (s, e, int(t)) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)}
 
 
-def clamp(bound: Dim, dim: Dim) -> Dim:
-    """A Slice bound as a position in [0, dim]."""
+def clamp(bound: Dim, dim: Dim) -> Dim | None:
+    """A Slice bound as a position in [0, dim]; None where it depends on sizes whether it counts from the end."""
     if isinstance(bound, int):
         if bound >= FAR:
             return dim
         if bound < 0:
-            from_end = dims.add(dim, max(bound, -FAR))
-            return max(0, from_end) if isinstance(from_end, int) else (0 if bound <= -FAR else from_end)
+            return 0 if bound <= -FAR else dims.maximum(0, dims.add(dim, bound))
         return 0 if bound == 0 else dims.minimum(bound, dim)
-    if dims.equal(bound, dim) or getattr(dims.sub(dim, bound), "is_nonnegative", False):
-        return bound
-    return dims.minimum(bound, dim)
+    if not dims.nonnegative(bound):
+        return None
+    return bound if dims.nonnegative(dims.sub(dim, bound)) else dims.minimum(bound, dim)
 
 
 def shape_part(node: Node, shape: Shape) -> Shape:
@@ -87,11 +87,18 @@ def content_of(node: Node) -> Any:
     if node.domain == FUSER:
         return node.attributes["dims"] if node.op == "Dims" else None
     compute = _CONTENT.get(node.op) if not node.domain else None
-    dtype = node.output.dtype
-    if compute is None or dtype is None or not (dtype.is_integer or dtype is DType.BOOL):
+    if compute is None or node.output.dtype not in _LIMITS:
         return None
     found = compute(node)
-    return None if isinstance(found, tuple) and len(found) > CONTENT_LIMIT else found
+    items = found if isinstance(found, tuple) else (found,)
+    low, high = _LIMITS[node.output.dtype]
+    if len(items) > CONTENT_LIMIT or any(isinstance(item, int) and not low <= item <= high for item in items):
+        return None
+    return found
+
+
+# The types shapes are computed in. Numbers past a type's limits wrap around, which is left to constant folding.
+_LIMITS = {DType.INT64: (-(1 << 63), (1 << 63) - 1), DType.INT32: (-(1 << 31), (1 << 31) - 1), DType.BOOL: (0, 1)}
 
 
 def _of_shape(node: Node) -> Any:
@@ -110,7 +117,7 @@ def _through(node: Node) -> Any:
 
 def _of_cast(node: Node) -> Any:
     value = node.inputs[0]
-    return None if value is None or value.dtype is DType.BOOL else content(value)
+    return None if value is None or DType.BOOL in (value.dtype, node.output.dtype) else content(value)
 
 
 def _of_gather(node: Node) -> Any:
@@ -157,49 +164,49 @@ def _of_reshape(node: Node) -> Any:
     return flat if shape else flat[0]
 
 
+def _broadcast(*operands: Any) -> list[tuple[Any, ...]] | None:
+    """Contents broadcast to one length, element by element; None where one is not known."""
+    if any(operand is None for operand in operands):
+        return None
+    vectors = [operand if isinstance(operand, tuple) else (operand,) for operand in operands]
+    lengths = {len(vector) for vector in vectors} - {1}
+    length = lengths.pop() if lengths else 1
+    return None if lengths else list(zip(*(v if len(v) == length else v * length for v in vectors), strict=True))
+
+
 def _elementwise(function: Callable[[Any, Any], Any]) -> Callable[[Node], Any]:
     def compute(node: Node) -> Any:
-        a, b = content(node.inputs[0]), content(node.inputs[1])
-        if a is None or b is None:
+        operands = [content(value) for value in node.inputs]
+        rows = _broadcast(*operands)
+        if rows is None:
             return None
-        if not isinstance(a, tuple) and not isinstance(b, tuple):
-            return function(a, b)
-        length = max(len(x) for x in (a, b) if isinstance(x, tuple))
-        left, right = (
-            x if isinstance(x, tuple) and len(x) == length else (x[0] if isinstance(x, tuple) else x,) * length
-            for x in (a, b)
-        )
-        results = tuple(function(x, y) for x, y in zip(left, right, strict=True))
-        return None if any(x is None for x in results) else results
+        results = tuple(reduce(lambda a, b: None if a is None else function(a, b), row) for row in rows)
+        if any(result is None for result in results):
+            return None
+        return results if any(isinstance(operand, tuple) for operand in operands) else results[0]
 
     return compute
 
 
 def _divide(a: Any, b: Any) -> Any:
     # Truncation and floor differ below zero; sizes are not negative, other integers are left to constant folding.
-    if isinstance(a, int) and (a < 0 or (isinstance(b, int) and b < 0)):
-        return None
-    return None if b == 0 else dims.floordiv(a, b)
+    return dims.floordiv(a, b) if dims.nonnegative(a) and dims.nonnegative(b) and b != 0 else None
 
 
 def _of_where(node: Node) -> Any:
-    chosen, a, b = (content(node.inputs[i]) for i in range(3))
-    if not isinstance(chosen, tuple):
-        return (a if chosen else b) if isinstance(chosen, bool) else None
-    if any(x is None for x in (a, b)):
+    operands = [content(node.inputs[i]) for i in range(3)]
+    rows = _broadcast(*operands)
+    if rows is None or not all(isinstance(row[0], bool) for row in rows):
         return None
-    left, right = (
-        x if isinstance(x, tuple) and len(x) == len(chosen) else (x[0] if isinstance(x, tuple) else x,) * len(chosen)
-        for x in (a, b)
-    )
-    return tuple(x if c else y for c, x, y in zip(chosen, left, right, strict=True))
+    results = tuple(a if chosen else b for chosen, a, b in rows)
+    return results if any(isinstance(operand, tuple) for operand in operands) else results[0]
 
 
 def _of_constant_of_shape(node: Node) -> Any:
     shape, value = parameter(node, "shape", 0), node.attributes.get("value")
-    if shape is None or value is None or len(shape) > 1 or value.scalar is None:
+    if shape is None or value is None or len(shape) > 1 or value.size != 1:
         return None
-    fill = bool(value.scalar) if value.dtype is DType.BOOL else int(value.scalar)
+    fill = value.numpy().reshape(()).item()
     if not shape:
         return fill
     return (fill,) * shape[0] if isinstance(shape[0], int) and shape[0] <= CONTENT_LIMIT else None

@@ -6,7 +6,7 @@ model asks the same few questions thousands of times.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 
@@ -60,6 +60,18 @@ def maximum(a: Dim, b: Dim) -> Dim:
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else plain(sympy.Max(a, b))
 
 
+def nonnegative(a: Dim) -> bool:
+    """Whether a dim is at least 0 for every value of its symbols."""
+    return a >= 0 if isinstance(a, int) else bool(a.is_nonnegative)
+
+
+@lru_cache(maxsize=65536)
+def distance(start: Dim, end: Dim) -> Dim:
+    """How many steps from `start` up to `end`: their difference, or 0."""
+    difference = sub(end, start)
+    return difference if nonnegative(difference) else maximum(0, difference)
+
+
 @lru_cache(maxsize=65536)
 def equal(a: Dim, b: Dim) -> bool | None:
     """Whether two dims are equal for every value of their symbols; None where it depends."""
@@ -92,6 +104,15 @@ def symbols(dims: Iterable[Dim]) -> set[sympy.Symbol]:
 def substitute(dim: Dim, values: Mapping[sympy.Symbol, Dim]) -> Dim:
     """`dim` with some symbols replaced."""
     return dim if isinstance(dim, int) else plain(dim.xreplace({k: sympy.sympify(v) for k, v in values.items()}))
+
+
+def replace(item: Any, values: Mapping[sympy.Symbol, Dim]) -> Any:
+    """`item` with some symbols replaced, where it is a dim or a tuple of dims."""
+    if isinstance(item, tuple):
+        return tuple(replace(part, values) for part in item)
+    while isinstance(item, sympy.Expr) and item.free_symbols & values.keys():
+        item = substitute(item, values)
+    return item
 
 
 def concrete(shape: Sequence[Dim], values: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:

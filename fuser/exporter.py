@@ -5,8 +5,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -48,22 +49,20 @@ class Artifact:
         )
         return inside + sum(constant.nbytes for _, constant in self.external)
 
-    def write(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: str | os.PathLike[str], keep: Collection[Path] = ()) -> None:
         """Writes the model to `path` (and its weights beside it): whole, synced, then renamed into place.
 
-        What stood at `path` before is untouched until then, and afterwards its own leftover weights are removed.
+        What stood at `path` before is untouched until then, and afterwards its own leftover weights are removed, unless
+        they are among `keep`.
 
         Raises:
             OutputError: the disk is full, the folder is missing or not writable.
         """
         path = Path(path)
-        try:
-            self._write(path)
-        except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            raise OutputError(f"'{path}' could not be written: {reason}; nothing was changed") from None
+        with _reported(path):
+            self._write(path, {file.resolve() for file in keep})
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, keep: set[Path]) -> None:
         previous = _weight_files(path)
         with contextlib.ExitStack() as cleanup:
             data: tuple[Path, Path] | None = None
@@ -80,15 +79,17 @@ class Artifact:
                 os.replace(*data)
             os.replace(model_file, path)
             _sync_folder(path.parent)
-        for stale in previous - {data[1] if data else None}:
-            if stale is not None:
-                stale.unlink(missing_ok=True)
+        for stale in previous - {data[1] if data else path}:
+            if stale.resolve() not in keep:
+                with contextlib.suppress(OSError):  # the new model stands: what is left over is no failure
+                    stale.unlink()
 
     def _write_weights(self, path: Path, cleanup: contextlib.ExitStack) -> tuple[Path, str]:
         temporary, digest = _temporary(path, cleanup), hashlib.blake2b(digest_size=6)
         with temporary.open("wb") as file:
             for tensor, constant in self.external:
                 start = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+                digest.update(f"{start} ".encode())  # the name stands for where things lie as well
                 file.write(b"\0" * (start - file.tell()))
                 for block in constant.blocks():
                     digest.update(block)
@@ -98,6 +99,29 @@ class Artifact:
                     tensor.external_data.add(key=key, value=text)
             _sync(file)
         return temporary, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise OutputError(f"'{path}' could not be written: {reason}; nothing was changed") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all.
+
+    Raises:
+        OutputError: the disk is full, the folder is missing or not writable.
+    """
+    with _reported(path), contextlib.ExitStack() as cleanup:
+        temporary = _temporary(path, cleanup)
+        with temporary.open("wb") as file:
+            file.write(text.encode())
+            _sync(file)
+        os.replace(temporary, path)
 
 
 def _temporary(path: Path, cleanup: contextlib.ExitStack) -> Path:
@@ -126,7 +150,8 @@ def _sync_folder(folder: Path) -> None:
 
 def _weight_files(path: Path) -> set[Path]:
     """The weight files that a model fuser wrote at `path` earlier brought with it."""
-    return {file for file in path.parent.glob(f"{path.name}.*.data") if len(file.name) == len(path.name) + 18}
+    named = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
+    return {file for file in path.parent.iterdir() if named.fullmatch(file.name)}
 
 
 def export(graph: Graph, target: str, fusions: Mapping[str, int]) -> Artifact:
@@ -190,7 +215,7 @@ def _assemble(graph: Graph, functions: list[onnx.FunctionProto]) -> ModelProto:
         name = (
             node.name
             if node.name and node.name not in names
-            else _unique(node.output.name if node.outputs else node.op, names)
+            else _unique(next((value.name for value in node.outputs if value.name), node.op), names)
         )
         names.add(name)
         made: list[Value | None] = list(node.outputs)

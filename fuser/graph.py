@@ -11,7 +11,9 @@ from typing import Any
 
 import networkx as nx
 import onnx
+import sympy
 
+from fuser import dims
 from fuser.constants import Constant
 from fuser.dims import Dim, Shape, text
 from fuser.dtypes import DType
@@ -64,6 +66,8 @@ class Value:
     uses: dict[tuple["Node", int], None] = field(default_factory=dict)
     captors: dict["Node", None] = field(default_factory=dict)  # nodes whose control-flow bodies read it by name
     is_output: bool = False
+    defines: bool = False  # has a size that `Graph.dim_sources` finds here
+    measured: bool = False  # ... and some node's attributes mention it
 
     @property
     def captured(self) -> bool:
@@ -73,7 +77,7 @@ class Value:
     @property
     def pinned(self) -> bool:
         """Whether something outside the nodes' own inputs reads this value."""
-        return self.is_output or self.captured
+        return self.is_output or self.captured or self.measured
 
     @property
     def consumers(self) -> "list[Node]":
@@ -142,6 +146,7 @@ class Graph:
         self.nodes: dict[Node, None] = {}
         self.names: set[str] = set()
         self.dim_sources: dict[Any, tuple[Value, int]] = {}  # symbol -> the value and axis that has it as its size
+        self.learned: dict[sympy.Symbol, Dim] = {}  # what symbols have turned out to be, not yet put in their places
         self.header = onnx.ModelProto()  # what the source file said of itself, its graph left out
         self.interface: dict[str, onnx.ValueInfoProto] = {}  # inputs and outputs as the source declared them
         self.derived: dict[Any, Value] = {}  # merged weights, by what they are merged from
@@ -191,6 +196,31 @@ class Graph:
                 value.uses[(node, i)] = None
         for value in node.captures:
             value.captors[node] = None
+        self.measure(node)
+
+    def define(self, symbol: sympy.Symbol, value: Value, axis: int) -> None:
+        """Says that `symbol` is the size of `value` along `axis`; the first to say so for a symbol is asked for it."""
+        if symbol not in self.dim_sources:
+            self.dim_sources[symbol] = (value, axis)
+            value.defines = True
+
+    def measure(self, node: Node) -> None:
+        """Keeps the values whose sizes a node's attributes mention."""
+        for symbol in mentioned(node):
+            self.dim_sources[symbol][0].measured = True
+
+    def learn(self) -> int:
+        """Puts what a dim has turned out to be in the place of its symbol, everywhere; returns how many were learned."""
+        learned, self.learned = self.learned, {}
+        for value in self.values():
+            value.measured = False
+            if learned:
+                value.shape, value.content = (dims.replace(part, learned) for part in (value.shape, value.content))
+        for node in self.nodes:
+            if learned:
+                node.attributes = {name: dims.replace(item, learned) for name, item in node.attributes.items()}
+            self.measure(node)
+        return len(learned)
 
     def remove(self, node: Node) -> None:
         """Takes a node out; its outputs must have no reader left."""
@@ -222,6 +252,10 @@ class Graph:
         if old.is_output:
             self.outputs = [new if value is old else value for value in self.outputs]
             old.is_output, new.is_output = False, True
+        if old.defines:
+            self.dim_sources.update({s: (new, axis) for s, (v, axis) in self.dim_sources.items() if v is old})
+            new.defines, new.measured = True, new.measured or old.measured
+            old.defines = old.measured = False
 
     def clone(self) -> "Graph":
         """A copy that shares constants and protobufs with this graph, and nothing that passes change."""
@@ -232,8 +266,9 @@ class Graph:
         for value in self.values():
             values[id(value)] = Value(
                 value.name, value.dtype, value.shape, constant=value.constant, content=value.content,
-                is_output=value.is_output,
+                is_output=value.is_output, defines=value.defines, measured=value.measured,
             )  # fmt: skip
+        copy.dim_sources = {s: (values[id(v)], axis) for s, (v, axis) in self.dim_sources.items() if id(v) in values}
         for node in self.nodes:
             twin = Node(
                 node.op, [None if v is None else values[id(v)] for v in node.inputs], [values[id(v)] for v in node.outputs],
@@ -245,14 +280,13 @@ class Graph:
             copy.insert(twin)
         copy.inputs = [values[id(v)] for v in self.inputs]
         copy.outputs = [values[id(v)] for v in self.outputs]
-        copy.dim_sources = {s: (values[id(v)], axis) for s, (v, axis) in self.dim_sources.items() if id(v) in values}
         return copy
 
     def sort(self) -> None:
         """Restores topological order, each node as near to its place as its inputs allow."""
         order: nx.DiGraph = nx.DiGraph()
         order.add_nodes_from(self.nodes)
-        order.add_edges_from((p, node) for node in self.nodes for p in producers(node))
+        order.add_edges_from((p, node) for node in self.nodes for p in self._before(node))
         self.nodes = dict.fromkeys(nx.lexicographical_topological_sort(order, key=lambda node: node.place))
         for place, node in enumerate(self.nodes):
             node.place = float(place)
@@ -266,11 +300,19 @@ class Graph:
             node = pending.pop()
             if node not in live:
                 live.add(node)
-                pending.extend(producers(node))
+                pending.extend(self._before(node))
         dead = [node for node in self.nodes if node not in live]
         for node in dead:
             self.remove(node)
         return len(dead)
+
+    def _before(self, node: Node) -> Iterator[Node]:
+        """The nodes that must run before `node`, for its inputs or for the sizes its attributes mention."""
+        yield from producers(node)
+        for symbol in mentioned(node):
+            producer = self.dim_sources[symbol][0].producer
+            if producer is not None and producer is not node:  # a Reshape's own -1 may be named in its shape
+                yield producer
 
     def values(self) -> Iterator[Value]:
         """Every value the graph uses, each once: inputs, then by node."""
@@ -288,19 +330,6 @@ class Graph:
                 seen.add(id(value))
                 yield value
 
-    def settle_dim_sources(self) -> None:
-        """Finds each symbol a value that has it as its size, where the one it had is no longer part of the graph."""
-        alive: set[int] = set()
-        first: dict[Any, tuple[Value, int]] = {}
-        for value in self.values():
-            alive.add(id(value))
-            for axis, dim in enumerate(value.shape or ()):
-                if not isinstance(dim, int) and dim.is_Symbol:
-                    first.setdefault(dim, (value, axis))
-        for name, source in first.items():
-            if name not in self.dim_sources or id(self.dim_sources[name][0]) not in alive:
-                self.dim_sources[name] = source
-
     def constants(self) -> list[Value]:
         return [value for value in self.values() if value.constant is not None]
 
@@ -312,7 +341,12 @@ class Graph:
                 if value is None:
                     continue
                 assert (node, i) in value.uses, f"{value} does not know its reader {node}"
+                assert value.producer is None or value.producer in self.nodes, f"{node} reads {value} of a removed node"
                 assert value.constant is not None or id(value) in ready, f"{node} reads {value} before it is made"
+            for symbol in mentioned(node):
+                source = self.dim_sources[symbol][0]
+                assert source.measured, f"{source} does not know that {node} mentions {symbol}"
+                assert source.producer in (None, node) or id(source) in ready, f"{node} mentions {symbol} of {source}"
             for value in node.captures:
                 assert value.constant is not None or id(value) in ready, f"{node} captures {value} before it is made"
             for i, value in enumerate(node.outputs):
@@ -326,6 +360,14 @@ class Graph:
 
     def __str__(self) -> str:
         return "\n".join(map(repr, self.nodes))
+
+
+def mentioned(node: Node) -> Iterator[sympy.Symbol]:
+    """The symbols of the dims in a node's attributes."""
+    for attribute in node.attributes.values():
+        for item in attribute if isinstance(attribute, tuple) else (attribute,):
+            if isinstance(item, sympy.Expr):
+                yield from sorted(item.free_symbols, key=str)
 
 
 def producers(node: Node) -> Iterator[Node]:
@@ -381,6 +423,7 @@ __all__ = [
     "Value",
     "is_static",
     "known",
+    "mentioned",
     "producers",
     "reaches",
     "readers",

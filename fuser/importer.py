@@ -1,16 +1,21 @@
 """From an ONNX file to a Graph: checked, functions inlined, weights left on disk."""
 
 import ast
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import onnx
+import onnx.checker
 import onnx.inliner
+import onnx.version_converter
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
 
 from fuser import dims
@@ -21,7 +26,8 @@ from fuser.graph import Graph, Node, Origin, Value
 from fuser.onnx_nodes import constant_of, read_attribute
 
 MIN_OPSET = 13
-MAX_INLINED_NODES = 1_000_000
+MAX_INLINED_NODES = 200_000  # of the functions of a file: some hundred times a large model's
+MAX_MODEL_BYTES = 2 << 30  # protobuf's own limit
 
 
 def load(path: str | os.PathLike[str], freeze: Mapping[str, int] | None = None) -> Graph:
@@ -42,9 +48,15 @@ def load(path: str | os.PathLike[str], freeze: Mapping[str, int] | None = None) 
 
 def read_model(path: Path) -> ModelProto:
     """The ModelProto in a file, its external data not loaded."""
-    if path.is_dir():
-        raise InputError(f"'{path}' is a directory; give the .onnx file in it")
     try:
+        if path.is_dir():
+            raise InputError(f"'{path}' is a directory; give the .onnx file in it")
+        if not path.is_file() and path.exists():
+            raise InputError(f"'{path}' is not a regular file")
+        if path.stat().st_size > MAX_MODEL_BYTES:
+            raise InputError(
+                f"'{path}' is not an ONNX file: it is more than the 2 GiB one can have (weights lie beside it)"
+            )
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"'{path}' does not exist") from None
@@ -60,11 +72,20 @@ def read_model(path: Path) -> ModelProto:
     return model
 
 
+def external_files(model: ModelProto, folder: Path) -> set[Path]:
+    """The files beside a model that hold its weights."""
+    found = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return {folder / location for location in found}
+
+
 def from_proto(
     model: ModelProto, folder: Path, freeze: Mapping[str, int] | None = None, path: Path | None = None
 ) -> Graph:
     """A Graph from a ModelProto whose external data lies under `folder`. The proto is taken over."""
     where = f"'{path}'" if path else "the model"
+    _check_text(model)
     opsets = {entry.domain if entry.domain != "ai.onnx" else "": entry.version for entry in model.opset_import}
     opset = opsets.pop("", 0)
     if not opset:
@@ -102,24 +123,41 @@ def _without_graph(model: ModelProto) -> ModelProto:
 
 def _inline(model: ModelProto) -> ModelProto:
     """The model with its local functions inlined, unless that would grow it past all use."""
-    sizes: dict[tuple[str, str], int] = {}
-    bodies = {(f.domain, f.name): f for f in model.functions}
-    # Functions cannot be recursive; a bounded number of sweeps settles every nesting depth, and finds a cycle.
-    for _ in range(len(bodies) + 1):
-        changed = False
-        for key, function in bodies.items():
-            size = sum(sizes.get((node.domain, node.op_type), 1) for node in function.node)
-            changed |= sizes.get(key) != size
-            sizes[key] = size
-            if size > MAX_INLINED_NODES:
-                raise InputError(f"function '{key[0]}.{key[1]}' expands to more than {MAX_INLINED_NODES} nodes")
-        if not changed:
-            break
-    else:
-        raise InputError("the model's local functions call one another in a circle")
-    if sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node) > MAX_INLINED_NODES:
-        raise InputError(f"the model's local functions expand to more than {MAX_INLINED_NODES} nodes")
-    return onnx.inliner.inline_local_functions(model)
+    bodies = {(f.domain, f.name, f.overload): f.node for f in model.functions}
+    sizes: dict[FunctionName, int] = {}
+    open_: set[FunctionName] = set()
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        """The nodes these come to, bodies of control flow included."""
+        total = 0
+        for node in nodes:
+            name = (node.domain, node.op_type, node.overload)
+            total += function_size(name) if name in bodies else 1
+            total += sum(size(body.node) for attribute in node.attribute for body in (attribute.g, *attribute.graphs))
+        return total
+
+    def function_size(name: FunctionName) -> int:
+        if name in open_:
+            raise InputError(f"the model's local functions call one another in a circle, through '{name[0]}.{name[1]}'")
+        if name not in sizes:
+            open_.add(name)
+            sizes[name] = size(bodies[name])
+            open_.remove(name)
+        return sizes[name]
+
+    try:
+        expanded = size(model.graph.node)
+        if expanded > MAX_INLINED_NODES:
+            raise InputError(f"the model's local functions expand to more than {MAX_INLINED_NODES} nodes")
+        _fill_defaults(model)
+        return onnx.inliner.inline_local_functions(model, convert_version=True)
+    except RecursionError:
+        raise InputError("the model's local functions are nested too deeply") from None
+    except (onnx.checker.ValidationError, onnx.version_converter.ConvertError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"the model's local functions cannot be inlined: {reason[0] if reason else 'unknown'}"
+        ) from None
 
 
 def _freeze(graph: GraphProto, sizes: Mapping[str, int]) -> None:
@@ -137,10 +175,33 @@ def _freeze(graph: GraphProto, sizes: Mapping[str, int]) -> None:
             )
         if size < 0:
             raise UsageError(f"--dim {name}={size}: a dim cannot be negative")
+        if size >= 1 << 31:
+            raise UsageError(f"--dim {name}={size}: the dim is too large")
     for info in (*graph.input, *graph.output, *graph.value_info):
         for dim in info.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
                 dim.dim_value = sizes[dim.dim_param]
+
+
+def _fill_defaults(model: ModelProto) -> None:
+    """Gives every call the attributes that its function has a default for: onnx's inliner overlooks defaults."""
+    defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in model.functions if f.attribute_proto}
+
+    def fill(nodes: Iterable[onnx.NodeProto]) -> None:
+        for node in nodes:
+            given = {attribute.name for attribute in node.attribute}
+            missing = defaults.get((node.domain, node.op_type, node.overload), ())
+            node.attribute.extend(attribute for attribute in missing if attribute.name not in given)
+            for attribute in node.attribute:
+                for body in (attribute.g, *attribute.graphs):
+                    fill(body.node)
+
+    if defaults:
+        for nodes in (model.graph.node, *(function.node for function in model.functions)):
+            fill(nodes)
+
+
+FunctionName: TypeAlias = tuple[str, str, str]  # domain, name, overload
 
 
 class _Reader:
@@ -185,12 +246,21 @@ class _Reader:
         self._order()
 
     def _check_names(self, proto: GraphProto) -> None:
-        made: set[str] = {info.name for info in proto.input}
+        """Every name is given once. An initializer may be an input as well: it is that input's value."""
+        weights = [tensor.name for tensor in proto.initializer] + [s.values.name for s in proto.sparse_initializer]
+        for kind, names in (("initializer", weights), ("input", [info.name for info in proto.input])):
+            if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+                raise InputError(f"{kind} '{twice}' is declared twice")
+        made: set[str] = {info.name for info in proto.input} | set(weights)
         for node in proto.node:
             for name in node.output:
                 if name and name in made:
                     raise InputError(f"'{name}' is made twice, the second time by node '{node.name}' ({node.op_type})")
                 made.add(name)
+        # What fuser adds must not take a name that a control-flow body uses for itself.
+        self.graph.names.update(
+            name for node in proto.node for attribute in node.attribute for name in _inner_names(attribute)
+        )
 
     def _value(self, name: str, constant: Constant | None = None) -> Value:
         self.graph.names.add(name)
@@ -212,7 +282,7 @@ class _Reader:
                 shape.append(dim.dim_value)
                 continue
             found = dims.symbol(dim.dim_param or f"{value.name}[{axis}]")
-            self.graph.dim_sources.setdefault(found, (value, axis))
+            self.graph.define(found, value, axis)
             shape.append(found)
         value.shape = tuple(shape)
 
@@ -223,10 +293,10 @@ class _Reader:
             shape: list[dims.Dim] = []
             for axis, dim in enumerate(info.type.tensor_type.shape.dim):
                 own = dims.symbol(f"{value.name}[{axis}]")
-                if dim.HasField("dim_value"):
+                if dim.HasField("dim_value") and dim.dim_value >= 0:
                     shape.append(dim.dim_value)
                 else:
-                    self.graph.dim_sources.setdefault(own, (value, axis))
+                    self.graph.define(own, value, axis)
                     shape.append(own)
             value.shape = tuple(shape)
 
@@ -263,8 +333,14 @@ class _Reader:
         if not location or Path(location).is_absolute() or ".." in parts:
             raise InputError(f"tensor '{name}': external data '{location}' lies outside the model's folder")
         file = self.folder / location
-        if not file.is_file():
+        try:
+            found = file.is_file()
+        except OSError:  # a name too long, a folder that may not be entered
+            found = False
+        if not found:
             raise InputError(f"tensor '{name}': external data '{location}' is missing from '{self.folder}'")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"tensor '{name}': external data '{location}' cannot be read")
         # A link may lead out of the folder only where the model itself is a link into the same place (a download cache).
         homes = [self.folder.resolve()] + ([self.path.resolve().parent] if self.path else [])
         if not any(file.resolve().is_relative_to(home) for home in homes):
@@ -284,7 +360,7 @@ class _Reader:
             else:
                 attributes[attribute.name] = value
         domain = "" if source.domain in (None, "ai.onnx") else source.domain
-        if source.op == "Constant" and not domain and (constant := _constant_node(attributes)) is not None:
+        if source.op == "Constant" and not domain and (constant := _constant_node(proto, attributes)) is not None:
             name = source.outputs[0].name
             self.values[name] = self._filled(name, constant)
             return
@@ -294,8 +370,8 @@ class _Reader:
         label = source.name or next((t.name for t in source.outputs if not t.is_empty()), source.op)
         node.origin = Origin((label,), module_path(node))
         for index, tensor in enumerate(source.outputs):
-            # An output left out still has its position; it gets a name nothing reads.
-            value = self._value(self.graph.fresh_name("unused")) if tensor.is_empty() else self._lookup(tensor.name)
+            # An output left out still has its position; it goes out without a name again.
+            value = Value("") if tensor.is_empty() else self._lookup(tensor.name)
             value.producer, value.index = node, index
             node.outputs.append(value)
         captured = [self._lookup(name) for attribute in carried for name in _outer_names(attribute)]
@@ -323,34 +399,69 @@ class _Reader:
             ready.update(map(id, node.outputs))
 
 
-def _constant_node(attributes: dict[str, Any]) -> Constant | None:
+_CONSTANTS = {
+    "value_float": DType.FLOAT32,
+    "value_floats": DType.FLOAT32,
+    "value_int": DType.INT64,
+    "value_ints": DType.INT64,
+    "value_string": DType.STRING,
+    "value_strings": DType.STRING,
+}
+
+
+def _constant_node(proto: onnx.NodeProto, attributes: dict[str, Any]) -> Constant | None:
     """The data of a Constant node, in any of the attributes it may stand in."""
-    if len(attributes) != 1:
+    if len(proto.attribute) != 1:
         return None
-    ((key, value),) = attributes.items()
-    if isinstance(value, Constant):
-        return value
-    kinds = {
-        "value_float": DType.FLOAT32,
-        "value_floats": DType.FLOAT32,
-        "value_int": DType.INT64,
-        "value_ints": DType.INT64,
-    }
-    return Array.of(value, kinds[key]) if key in kinds else None
+    (attribute,) = proto.attribute
+    if attribute.type == AttributeProto.SPARSE_TENSOR:
+        return _dense(attribute.sparse_tensor)
+    if attribute.type == AttributeProto.TENSOR:
+        found: Constant = attributes[attribute.name]
+        return found
+    if attribute.name not in _CONSTANTS or attribute.ref_attr_name:
+        return None
+    return Array.of(onnx.helper.get_attribute_value(attribute), _CONSTANTS[attribute.name])
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> Constant:
-    import numpy as np
-
-    values = onnx.numpy_helper.to_array(sparse.values)
-    indices = onnx.numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), dense.shape)
-    try:
-        dense.reshape(-1)[flat] = values
-    except IndexError:
-        raise InputError(f"sparse tensor '{sparse.values.name}' has an index outside {list(sparse.dims)}") from None
+    name, shape = sparse.values.name, tuple(sparse.dims)
+    values, indices = constant_of(sparse.values).numpy(), constant_of(sparse.indices).numpy()
+    if values.ndim != 1 or indices.shape not in ((values.size,), (values.size, len(shape))):
+        raise InputError(f"sparse tensor '{name}': indices {list(indices.shape)} for {values.size} values")
+    if math.prod(shape) > MAX_MODEL_BYTES or any(dim < 0 for dim in shape):
+        raise InputError(f"sparse tensor '{name}' cannot be made dense: its shape is {list(shape)}")
+    dense = np.zeros(shape, values.dtype)
+    bounds = (dense.size,) if indices.ndim == 1 else shape
+    if indices.size and not ((indices >= 0) & (indices < np.array(bounds))).all():
+        raise InputError(f"sparse tensor '{name}' has an index outside {list(shape)}")
+    flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), shape)
+    dense.reshape(-1)[flat] = values
     return Array(dense, DType.from_onnx(sparse.values.data_type), dense.shape)
+
+
+def _check_text(message: Message) -> None:
+    """Names must be text: protobuf hands those that are not UTF-8 out as bytes."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        for item in (value,) if isinstance(value, (str, bytes, Message)) else value:
+            if isinstance(item, Message):
+                _check_text(item)
+            elif isinstance(item, bytes):
+                raise InputError(f"the model has a {field.name} that is not UTF-8: {item!r:.80}")
+
+
+def _inner_names(attribute: AttributeProto) -> Iterator[str]:
+    """The names made inside the control-flow bodies of an attribute."""
+    for body in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
+        yield from (info.name for info in body.input)
+        yield from (tensor.name for tensor in body.initializer)
+        yield from (sparse.values.name for sparse in body.sparse_initializer)
+        for node in body.node:
+            yield from node.output
+            for inner in node.attribute:
+                yield from _inner_names(inner)
 
 
 def _outer_names(attribute: AttributeProto) -> Iterator[str]:

@@ -149,7 +149,7 @@ class _Functions:
         body.outputs = list(found) if isinstance(found, (tuple, list)) else [found]
         for value in body.outputs:
             value.is_output = True
-        Spelling(body).spell()
+        Spelling(body, any_rank=True).spell()
         return function_proto(body, list(floats))
 
 

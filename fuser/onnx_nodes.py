@@ -32,10 +32,16 @@ _READERS: dict[int, Callable[[AttributeProto], Any]] = {
 
 def read_attribute(attribute: AttributeProto) -> Any:
     """The plain value of an attribute; None for the kinds that are carried as they are (graphs, types, odd bytes)."""
+    if attribute.ref_attr_name:
+        return None
     if attribute.type == AttributeProto.TENSOR:
         return constant_of(attribute.t)
+    if attribute.type in (AttributeProto.FLOATS, AttributeProto.STRINGS) and not (
+        attribute.floats or attribute.strings
+    ):
+        return None  # a plain empty tuple would go out as INTS
     reader = _READERS.get(attribute.type)
-    if reader is None or attribute.ref_attr_name:
+    if reader is None:
         return None
     try:
         return reader(attribute)
@@ -55,10 +61,17 @@ def constant_of(tensor: TensorProto) -> Constant:
         raise InputError(f"tensor '{tensor.name}' has an element type fuser does not know (code {tensor.data_type})")
     if any(dim < 0 for dim in shape):
         raise InputError(f"tensor '{tensor.name}' has a negative dim: {list(shape)}")
-    if tensor.HasField("raw_data") and len(tensor.raw_data) != constant.nbytes:
-        raise InputError(
-            f"tensor '{tensor.name}' holds {len(tensor.raw_data)} bytes, its shape {list(shape)} needs {constant.nbytes}"
-        )
+    if tensor.data_location == TensorProto.EXTERNAL:
+        raise InputError(f"tensor '{tensor.name}' is external data in a place where there can be none")
+    if tensor.HasField("raw_data") and dtype is not DType.STRING:
+        found, needed, unit = len(tensor.raw_data), constant.nbytes, "bytes"
+    else:
+        field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+        found, unit = len(getattr(tensor, field)), f"elements of {field}"
+        needed = (constant.size + 1) // 2 if dtype.bits == 4 else constant.size
+        needed *= 2 if dtype in (DType.COMPLEX64, DType.COMPLEX128) else 1
+    if found != needed:
+        raise InputError(f"tensor '{tensor.name}' holds {found} {unit}, its shape {list(shape)} needs {needed}")
     return constant
 
 
@@ -82,7 +95,7 @@ def tensor_proto(name: str, constant: Constant) -> TensorProto:
         return copy
     proto = TensorProto(name=name, data_type=constant.dtype.onnx, dims=constant.shape)
     if isinstance(constant, Array) and constant.dtype is DType.STRING:
-        proto.string_data.extend(str(s).encode() for s in constant.array.reshape(-1))
+        proto.string_data.extend(s if isinstance(s, bytes) else s.encode() for s in constant.array.reshape(-1))
     else:
         proto.raw_data = b"".join(constant.blocks())
     return proto

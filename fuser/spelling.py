@@ -11,26 +11,19 @@ import sympy
 
 from fuser import dims
 from fuser.constants import Array
-from fuser.content import FAR, content, parameter
+from fuser.content import parameter
 from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.shapes import infer_node
 
+REDUCTIONS = frozenset(
+    {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum",
+     "ReduceLogSumExp", "ReduceSum"}
+)  # fmt: skip
 # operator -> (parameter, input index, first opset in which it is an input)
-_REDUCTIONS = (
-    "ReduceMean",
-    "ReduceMax",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceSumSquare",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-)
 PARAMETERS: dict[str, tuple[tuple[str, int, int], ...]] = {
-    **dict.fromkeys(_REDUCTIONS, (("axes", 1, 18),)),
+    **dict.fromkeys(REDUCTIONS, (("axes", 1, 18),)),
     "ReduceSum": (("axes", 1, 13),),
     "Squeeze": (("axes", 1, 13),),
     "Unsqueeze": (("axes", 1, 13),),
@@ -53,33 +46,56 @@ def absorb(graph: Graph, node: Node) -> bool:
     if any(value is None for value in found.values()):
         return False
     if node.op == "Reshape":
-        found["shape"] = _resolved(node, found["shape"])
+        found["shape"] = _resolved(graph, node, found["shape"])
         if found["shape"] is None:
             return False
         node.attributes.pop("allowzero", None)
     node.attributes.update(found)
     graph.drop_inputs(node, present[0][1])
+    graph.measure(node)
     return True
 
 
-def _resolved(node: Node, wanted: Shape) -> Shape | None:
-    """A Reshape's target with 0 and -1 replaced by the dims they stand for; None where a true 0 must stay."""
+def _resolved(graph: Graph, node: Node, wanted: Shape) -> Shape | None:
+    """A Reshape's target with 0 and -1 replaced by the dims they stand for; None where that cannot be spelled again."""
     shape = node.output.shape
     if shape is None or 0 in shape or (0 in wanted and node.attributes.get("allowzero", 0)):
         return None
-    return shape
+    # A dim that is known only from the result itself is spelled as -1, and then no other can be computed.
+    own = [dim for dim in shape if _is_own(graph, node, dim)]
+    return shape if not own or len(_computed(node.inputs[0], shape)) == 1 else None
+
+
+def _is_own(graph: Graph, node: Node, dim: Dim) -> bool:
+    return any(graph.dim_sources[symbol][0] is node.output for symbol in dims.symbols([dim]))
+
+
+def _kept(value: Value | None, wanted: Shape) -> list[int]:
+    """The axes along which a Reshape keeps a dim that is no number."""
+    source = value.shape if value is not None and value.shape is not None else ()
+    return [
+        axis
+        for axis, dim in enumerate(wanted)
+        if not isinstance(dim, int) and axis < len(source) and dim == source[axis]
+    ]
+
+
+def _computed(value: Value | None, wanted: Shape) -> list[int]:
+    """The axes whose dims are neither numbers nor kept."""
+    kept = _kept(value, wanted)
+    return [axis for axis, dim in enumerate(wanted) if not isinstance(dim, int) and axis not in kept]
 
 
 class Spelling:
     """Writes parameters out as inputs, sharing one computation of each dim."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, any_rank: bool = False) -> None:
         self.graph = graph
+        self.any_rank = any_rank  # the ranks known are those of one call among several
         self._constants: dict[Any, Value] = {}
         self._elements: dict[Dim, Value] = {}
         self._vectors: dict[Shape, Value] = {}
         self._at: Node | None = None
-        graph.settle_dim_sources()
 
     def spell(self) -> None:
         """Rewrites every node into the graph's opset."""
@@ -112,17 +128,39 @@ class Spelling:
 
     def _parameters(self, node: Node) -> None:
         rows = PARAMETERS.get(node.op, ()) if not node.domain else ()
+        self._reductions(node)
         for name, index, since in rows:
             if name not in node.attributes or self.graph.opset < since:
                 continue
             wanted = node.attributes.pop(name)
             if node.op == "Reshape":
-                wanted = reshape_target(node.inputs[0], wanted)
-                if not all(isinstance(dim, int) for dim in wanted) and self.graph.opset >= 14:
-                    node.attributes["allowzero"] = 1  # a computed dim of 0 (an empty past) is a 0
+                wanted = self._reshape_target(node, wanted)
             while len(node.inputs) <= index:
                 node.inputs.append(None)
             self.graph.set_input(node, index, self.vector(wanted))
+
+    def _reductions(self, node: Node) -> None:
+        """Counts the axes of a reduction from the front: of an empty tensor, ONNX Runtime reduces none that is negative."""
+        value, axes = node.input(0), node.attributes.get("axes")
+        if (
+            node.op in REDUCTIONS
+            and not self.any_rank
+            and axes is not None
+            and value is not None
+            and value.shape is not None
+        ):
+            node.attributes["axes"] = tuple(axis % len(value.shape) for axis in axes)
+
+    def _reshape_target(self, node: Node, wanted: Shape) -> Shape:
+        """A Reshape's target with nothing computed where that can be: 0 keeps a dim in place, one -1 takes the rest."""
+        kept, computed = _kept(node.inputs[0], wanted), _computed(node.inputs[0], wanted)
+        own = any(_is_own(self.graph, node, wanted[axis]) for axis in computed)
+        # Beside a dim that may be 0 (an empty past), -1 stands for nothing.
+        if 0 not in wanted and (not computed or own or (len(computed) == 1 and not kept)):
+            return tuple(0 if axis in kept else -1 if axis in computed else dim for axis, dim in enumerate(wanted))
+        if self.graph.opset >= 14:
+            node.attributes["allowzero"] = 1
+        return wanted
 
     def constant(self, data: int | tuple[int, ...]) -> Value:
         """An int64 constant, shared by all who ask for the same."""
@@ -183,18 +221,4 @@ class Spelling:
         return total
 
 
-def reshape_target(value: Value | None, wanted: Shape) -> Shape:
-    """A Reshape's target with as few computed dims as possible: 0 keeps a dim in place, one -1 takes the rest."""
-    source = value.shape if value is not None and value.shape is not None else ()
-    result: list[Dim] = [
-        0 if not isinstance(dim, int) and axis < len(source) and dim == source[axis] else dim
-        for axis, dim in enumerate(wanted)
-    ]
-    left = [axis for axis, dim in enumerate(result) if not isinstance(dim, int)]
-    if len(left) == 1:
-        result[left[0]] = -1
-    # Dims that must be computed after all make 0 and -1 pointless: state the whole shape.
-    return tuple(result) if len(left) <= 1 else wanted
-
-
-__all__ = ["FAR", "PARAMETERS", "Spelling", "absorb", "content", "reshape_target"]
+__all__ = ["PARAMETERS", "Spelling", "absorb"]

@@ -26,9 +26,8 @@ def canonicalize(graph: Graph) -> None:
                 for rule in (*RULES.get((node.domain, node.op), ()), *GENERAL)
                 if node in graph.nodes and rule(graph, node)
             )
-        changed += share(graph) + graph.prune()
+        changed += share(graph) + graph.prune() + graph.learn()
         graph.sort()
-        graph.settle_dim_sources()
         if not changed and round_:
             break
 

@@ -1,8 +1,13 @@
 """One computation, one form: the spellings of division, roots, powers and means become one."""
 
+from typing import Any
+
+import ml_dtypes
+
 from fuser import dims
 from fuser.canonicalize.rules import become, emit, rule
 from fuser.constants import Array
+from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Node
 
 
@@ -12,7 +17,7 @@ def _div(graph: Graph, node: Node) -> bool:
     a, b = node.inputs
     if a is None or b is None or node.output.dtype is None or not node.output.dtype.is_float:
         return False
-    if b.constant is not None and b.scalar:
+    if b.constant is not None and b.scalar and _is_normal(1.0 / b.scalar, node.output.dtype):
         reciprocal = graph.constant(
             Array.of(1.0 / b.constant.numpy().astype("float64"), node.output.dtype), "reciprocal"
         )
@@ -25,6 +30,12 @@ def _div(graph: Graph, node: Node) -> bool:
     if a.scalar == 1.0 and b.shape == node.output.shape:
         return become(graph, node, emit(graph, node, "Reciprocal", [b]))
     return False
+
+
+def _is_normal(number: float, dtype: DType) -> bool:
+    """Whether a dtype holds a number at its full precision: neither subnormal nor infinite."""
+    limits = ml_dtypes.finfo(dtype.numpy)
+    return float(limits.tiny) <= abs(number) <= float(limits.max)
 
 
 @rule("Reciprocal")
@@ -102,13 +113,7 @@ def _reduce_sum_square(graph: Graph, node: Node) -> bool:
 def _mean(graph: Graph, node: Node) -> bool:
     """sum(x) * (1/n) is mean(x)."""
     value, axes = node.inputs[0], node.attributes.get("axes")
-    if (
-        value is None
-        or value.shape is None
-        or not isinstance(axes, tuple)
-        or not node.output.uses
-        or node.output.pinned
-    ):
+    if value is None or value.shape is None or not axes or not node.output.uses or node.output.pinned:
         return False
     count = dims.product(value.shape[axis] for axis in axes)
     if not isinstance(count, int):
@@ -119,7 +124,8 @@ def _mean(graph: Graph, node: Node) -> bool:
         other = user.inputs[1] if user.inputs[0] is node.output else user.inputs[0]
         if other is None or other.scalar is None or abs(other.scalar * count - 1.0) > 1e-6 or user.output.captured:
             return False
-    mean = emit(graph, node, "ReduceMean", list(node.inputs), dict(node.attributes))
+    attributes: dict[str, Any] = {name: node.attributes[name] for name in ("axes", "keepdims") if name in node.attributes}
+    mean = emit(graph, node, "ReduceMean", [value], attributes)
     for user in node.output.consumers:
         become(graph, user, mean)
     return True

@@ -120,8 +120,8 @@ def _slice(graph: Graph, node: Node) -> bool:
     value, bounds = node.inputs[0], slice_bounds(node)
     if value is None or value.shape is None or bounds is None:
         return False
-    taken = {a: (clamp(s, value.shape[a]), clamp(e, value.shape[a])) for a, (s, e, step) in bounds.items() if step == 1}
-    if len(taken) != len(bounds):
+    taken = {a: (clamp(s, value.shape[a]), clamp(e, value.shape[a])) for a, (s, e, step) in bounds.items()}
+    if any(None in taken[axis] or step != 1 for axis, (_, _, step) in bounds.items()):
         return False
     if all(span == (0, value.shape[axis]) for axis, span in taken.items()):
         return become(graph, node, value)
@@ -133,7 +133,9 @@ def _slice(graph: Graph, node: Node) -> bool:
         other = slice_bounds(user) if user.is_a("Slice") and user.inputs[0] is value else None
         if other is None or set(other) != {axis} or other[axis][2] != 1 or user.output.captured:
             continue
-        parts.setdefault((clamp(other[axis][0], value.shape[axis]), clamp(other[axis][1], value.shape[axis])), user)
+        start, end = (clamp(bound, value.shape[axis]) for bound in other[axis][:2])
+        if start is not None and end is not None:
+            parts.setdefault((start, end), user)
     order = _partition(list(parts), value.shape[axis])
     if order is None:
         return False

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fuser.graph import Graph, Node, Origin, Value
+from fuser.graph import FUSER, MICROSOFT, Graph, Node, Origin, Value
 from fuser.shapes import infer_node
 
 Rule = Callable[[Graph, Node], bool]
@@ -12,8 +12,10 @@ GENERAL: list[Rule] = []
 
 # Results differ from call to call: never folded, never shared.
 IMPURE = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
-)
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
+     "BiasDropout", "BitmaskDropout", "BitmaskBiasDropout", "Sampling"}
+)  # fmt: skip
+PURE_DOMAINS = frozenset({"", FUSER, MICROSOFT})  # nothing is known of an operator of another
 
 
 def rule(*ops: str, domain: str = "") -> Callable[[Rule], Rule]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fuser.canonicalize.rules import IMPURE
+from fuser.canonicalize.rules import IMPURE, PURE_DOMAINS
 from fuser.constants import Constant
 from fuser.content import CONTENT_LIMIT
 from fuser.dtypes import DType
@@ -30,10 +30,13 @@ def share(graph: Graph) -> int:
 
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
-        if node.op in IMPURE or node.carried or node.captures:
+        if node.op in IMPURE or node.domain not in PURE_DOMAINS or node.carried or node.captures:
             continue
         attributes = tuple((k, id(v) if isinstance(v, Constant) else v) for k, v in sorted(node.attributes.items()))
-        key = (node.op, node.domain, attributes, tuple(map(key_of, node.inputs)), len(node.outputs))
+        present = tuple(
+            bool(value.name) for value in node.outputs
+        )  # an output left out cannot be read in another's place
+        key = (node.op, node.domain, attributes, tuple(map(key_of, node.inputs)), present)
         first = seen.setdefault(key, node)
         if first is node or any(value.captured for value in node.outputs):
             continue

@@ -70,13 +70,7 @@ def transpose(x: Tensor, *, perm: list[int] | None = None) -> Tensor:
 @operator("Expand")
 def expand(x: Tensor, shape: Ints) -> Tensor:
     """Broadcasts both ways: a 1 in `shape` keeps the input's dim."""
-    return x.broadcast_to(_broadcast(list(x.shape), ints(shape)))
-
-
-def _broadcast(a: list[int], b: list[int]) -> list[int]:
-    rank = max(len(a), len(b))
-    pairs = zip([1] * (rank - len(a)) + a, [1] * (rank - len(b)) + b, strict=True)
-    return [n if m == 1 else m for m, n in pairs]  # where they do not fit, expanding to the result fails
+    return x.broadcast_to(torch.broadcast_shapes(x.shape, ints(shape)))  # type: ignore[no-untyped-call]
 
 
 @operator("Tile")

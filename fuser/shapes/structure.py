@@ -142,8 +142,7 @@ def _slice(graph: Graph, node: Node) -> list[Inferred]:
         dim = shapes[0][axis]
         first, last = clamp(start, dim), clamp(end, dim)
         if step == 1:
-            length = dims.sub(last, first)
-            result[axis] = max(0, length) if isinstance(length, int) else length
+            result[axis] = None if first is None or last is None else dims.distance(first, last)
         elif isinstance(dim, int) and isinstance(start, int) and isinstance(end, int):
             result[axis] = len(range(*slice(start, end if end > -FAR else None, step).indices(dim)))
         else:
@@ -221,7 +220,7 @@ def _range(graph: Graph, node: Node) -> list[Inferred]:
     start, limit, step = (content(node.input(i)) for i in range(3))
     if start is None or limit is None or step != 1:
         return [(dtype_of(node), (None,))]
-    return [(dtype_of(node), (dims.sub(limit, start),))]
+    return [(dtype_of(node), (dims.distance(start, limit),))]
 
 
 @rule("ConstantOfShape")

@@ -9,7 +9,11 @@ from fuser import dims
 from fuser.content import CONTENT_LIMIT, content_of, split_contents
 from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
+from fuser.errors import InputError
 from fuser.graph import Graph, Node, Value
+
+# What Python raises when a node's inputs or attributes are not what its operator takes.
+MISFITS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 Inferred = tuple[DType | None, Sequence[Dim | None] | None]
 Rule = Callable[[Graph, Node], list[Inferred]]
@@ -37,18 +41,22 @@ def infer(graph: Graph) -> None:
 def infer_node(graph: Graph, node: Node) -> None:
     """Sets dtype, shape and content of a node's outputs from its inputs."""
     infer_one = RULES.get((node.domain, node.op))
-    results = infer_one(graph, node) if infer_one else _fallback(graph, node)
-    for i, value in enumerate(node.outputs):
-        dtype, shape = results[i] if i < len(results) else (None, None)
-        if dtype is not None:
-            value.dtype = dtype
-        if shape is not None:
-            _settle(graph, value, shape)
-    if node.is_a("Split") and (parts := split_contents(node)) is not None:
-        for value, part in zip(node.outputs, parts, strict=False):
-            value.content = part
-    if len(node.outputs) == 1 and (found := content_of(node)) is not None:
-        node.output.content = found
+    try:
+        results = infer_one(graph, node) if infer_one else _fallback(graph, node)
+        for i, value in enumerate(node.outputs):
+            dtype, shape = results[i] if i < len(results) else (None, None)
+            if dtype is not None:
+                value.dtype = dtype
+            if shape is not None:
+                _settle(graph, value, shape)
+        contents = (
+            split_contents(node) if node.is_a("Split") else (content_of(node),) if len(node.outputs) == 1 else None
+        )
+    except MISFITS as error:
+        raise InputError(f"{node.op} '{node.name}' does not fit its inputs: {node} ({error})") from error
+    for value, found in zip(node.outputs, contents or (), strict=False):
+        if found is not None:
+            value.content = found
 
 
 def _settle(graph: Graph, value: Value, shape: Sequence[Dim | None]) -> None:
@@ -60,7 +68,11 @@ def _settle(graph: Graph, value: Value, shape: Sequence[Dim | None]) -> None:
             own = dims.symbol(f"{value.name}[{axis}]")
             dim = before[axis] if before else own
             if dim == own:
-                graph.dim_sources.setdefault(own, (value, axis))
+                graph.define(own, value, axis)
+        elif before and before[axis] != dim and graph.dim_sources.get(before[axis]) == (value, axis):
+            found = dims.replace(dim, graph.learned)
+            if before[axis] not in dims.symbols([found]):
+                graph.learned[before[axis]] = found
         settled.append(dim)
     value.shape = tuple(settled)
 
