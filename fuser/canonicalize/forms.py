@@ -124,7 +124,9 @@ def _mean(graph: Graph, node: Node) -> bool:
         other = user.inputs[1] if user.inputs[0] is node.output else user.inputs[0]
         if other is None or other.scalar is None or abs(other.scalar * count - 1.0) > 1e-6 or user.output.captured:
             return False
-    attributes: dict[str, Any] = {name: node.attributes[name] for name in ("axes", "keepdims") if name in node.attributes}
+    attributes: dict[str, Any] = {
+        name: node.attributes[name] for name in ("axes", "keepdims") if name in node.attributes
+    }
     mean = emit(graph, node, "ReduceMean", [value], attributes)
     for user in node.output.consumers:
         become(graph, user, mean)
