@@ -57,7 +57,11 @@ def absorb(graph: Graph, node: Node) -> bool:
 
 
 def _resolved(graph: Graph, node: Node, wanted: Shape) -> Shape | None:
-    """A Reshape's target with 0 and -1 replaced by the dims they stand for; None where that cannot be spelled again."""
+    """A Reshape's target with 0 and -1 replaced by the dims they stand for; None where that cannot be spelled again.
+
+    A computed dim is taken for a size, even where it is 0 at run time and there is no allowzero, which would make that 0
+    say "keep": of all that exporters write, only an error becomes a tensor by it.
+    """
     shape = node.output.shape
     if shape is None or 0 in shape or (0 in wanted and node.attributes.get("allowzero", 0)):
         return None

@@ -4,6 +4,7 @@ from fuser import dims
 from fuser.canonicalize.rules import become, emit, rule
 from fuser.content import clamp, slice_bounds
 from fuser.dims import Dim
+from fuser.dtypes import DType
 from fuser.graph import Graph, Node
 from fuser.shapes import axis_of, broadcast, infer_node
 
@@ -46,6 +47,16 @@ def _cast(graph: Graph, node: Node) -> bool:
             graph.set_input(node, 0, source)
             return True
     return False
+
+
+@rule("CastLike")
+def _cast_like(graph: Graph, node: Node) -> bool:
+    """A cast to the type of a value is a cast to that type."""
+    value, like = node.inputs
+    if value is None or like is None or like.dtype in (None, DType.OTHER):
+        return False
+    assert like.dtype is not None
+    return become(graph, node, emit(graph, node, "Cast", [value], {**node.attributes, "to": like.dtype.onnx}))
 
 
 @rule("Reshape", "Expand", "Flatten", "Squeeze", "Unsqueeze", "Tile")
