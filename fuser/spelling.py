@@ -205,8 +205,8 @@ class Spelling:
             if self.graph.opset >= 15:
                 return self._add("Shape", [value], {"start": axis, "end": axis + 1})
             return self._add("Gather", [self._add("Shape", [value]), self.constant((axis,))], {"axis": 0})
-        if isinstance(dim, sympy.floor):
-            above, below = sympy.fraction(sympy.together(dim.args[0]))
+        above, below = sympy.fraction(sympy.together(dim.args[0] if isinstance(dim, sympy.floor) else dim))
+        if below != 1:  # without a floor, it divides evenly
             return self._add("Div", [self.element(dims.plain(above)), self.element(dims.plain(below))])
         if dim.is_Pow and dim.exp.is_Integer and dim.exp > 0:
             factors = [dim.base] * int(dim.exp)

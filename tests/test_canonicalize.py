@@ -466,6 +466,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         }""",
         {"two": [2]},
     ),
+    "a size that is halved evenly": (
+        """(float[N, M, 6] x) => (int64 z) {
+            n = Shape <start = 0, end = 1> (x) a = Mul(n, six) b = Min(a, twenty) z = Div(b, two)
+        }""",
+        {"six": [6], "twenty": [20], "two": [2]},
+    ),
     "range that is empty or goes down": (
         """(float[N, M, 6] x, float[N, P, 6] y) => (int64 up, int64 down) {
             n = Shape <start = 1, end = 2> (x) p = Shape <start = 1, end = 2> (y)
