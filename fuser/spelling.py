@@ -57,7 +57,11 @@ def absorb(graph: Graph, node: Node) -> bool:
 
 
 def _resolved(graph: Graph, node: Node, wanted: Shape) -> Shape | None:
-    """A Reshape's target with 0 and -1 replaced by the dims they stand for; None where that cannot be spelled again."""
+    """A Reshape's target with 0 and -1 replaced by the dims they stand for; None where that cannot be spelled again.
+
+    A computed dim is taken for a size, even where it is 0 at run time and there is no allowzero, which would make that 0
+    say "keep": of all that exporters write, only an error becomes a tensor by it.
+    """
     shape = node.output.shape
     if shape is None or 0 in shape or (0 in wanted and node.attributes.get("allowzero", 0)):
         return None
@@ -207,8 +211,8 @@ class Spelling:
             if self.graph.opset >= 15:
                 return self._add("Shape", [value], {"start": axis, "end": axis + 1})
             return self._add("Gather", [self._add("Shape", [value]), self.constant((axis,))], {"axis": 0})
-        if isinstance(dim, sympy.floor):
-            above, below = sympy.fraction(sympy.together(dim.args[0]))
+        above, below = sympy.fraction(sympy.together(dim.args[0] if isinstance(dim, sympy.floor) else dim))
+        if below != 1:  # without a floor, it divides evenly
             return self._add("Div", [self.element(dims.plain(above)), self.element(dims.plain(below))])
         if dim.is_Pow and dim.exp.is_Integer and dim.exp > 0:
             factors = [dim.base] * int(dim.exp)

@@ -28,6 +28,15 @@ def one(body: str, weights: Mapping[str, Array] | None = None, *, opset: int = 1
     return parsed(f'<ir_version: 10, opset_import: ["": {opset}{more}]> g {body}', weights)
 
 
+def unshaped(model: ModelProto) -> ModelProto:
+    """The model, nothing said of its outputs' shapes (`float y` alone is a scalar), those of bodies included."""
+    bodies = [a.g for node in model.graph.node for a in node.attribute if a.HasField("g")]
+    for graph in (model.graph, *bodies):
+        for output in graph.output:
+            output.type.tensor_type.ClearField("shape")
+    return model
+
+
 def session(model: ModelProto | str | Path, *, optimize: bool = False) -> onnxruntime.InferenceSession:
     """ONNX Runtime on two threads, silent, by default without its own rewrites."""
     options = onnxruntime.SessionOptions()

@@ -51,13 +51,12 @@ def _cast(graph: Graph, node: Node) -> bool:
 
 @rule("CastLike")
 def _cast_like(graph: Graph, node: Node) -> bool:
-    """A known type needs no example."""
-    value, dtype = node.inputs[0], node.output.dtype
-    if value is None or dtype in (None, DType.OTHER):
+    """A cast to the type of a value is a cast to that type."""
+    value, like = node.inputs
+    if value is None or like is None or like.dtype in (None, DType.OTHER):
         return False
-    assert dtype is not None
-    saturate = {name: flag for name, flag in node.attributes.items() if name == "saturate"}
-    return become(graph, node, emit(graph, node, "Cast", [value], {"to": dtype.onnx, **saturate}))
+    assert like.dtype is not None
+    return become(graph, node, emit(graph, node, "Cast", [value], {**node.attributes, "to": like.dtype.onnx}))
 
 
 @rule("Reshape", "Expand", "Flatten", "Squeeze", "Unsqueeze", "Tile")
