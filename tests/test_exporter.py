@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -155,7 +156,7 @@ def test_external_data_is_aligned_and_complete(beside: None, tmp_path: Path) -> 
             assert length == int(np.prod(weight.dims)) * 4
             ranges.append((offset, offset + length))
     ranges.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
     assert ranges[-1][1] == data.stat().st_size
     feeds = {"input_ids": np.array([[1, 5, 2]])}
     np.testing.assert_array_equal(

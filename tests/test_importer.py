@@ -536,7 +536,9 @@ def test_sequence_and_optional_inputs() -> None:
     assert fused.report.fused == {"silu": 1}
     assert "'list'" in fused.report.verification.skipped
     assert [i.type for i in fused._artifact.model.graph.input] == [i.type for i in graph.input]
-    for actual, expected in zip(*(models.run(m, {"list": [X], "maybe": X[0]}) for m in (fused._artifact.model, model))):
+    for actual, expected in zip(
+        *(models.run(m, {"list": [X], "maybe": X[0]}) for m in (fused._artifact.model, model)), strict=False
+    ):
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
@@ -613,9 +615,10 @@ def odd_attributes() -> list[AttributeProto]:
         helper.make_attribute("graphs", [body, body]),
         helper.make_attribute("types", [type_proto]),
     ]
-    for kind in ("FLOATS", "INTS", "STRINGS", "TENSORS", "GRAPHS", "TYPE_PROTOS", "SPARSE_TENSORS"):
-        made.append(AttributeProto(name=f"no_{kind.lower()}", type=AttributeProto.AttributeType.Value(kind)))
-    return made
+    empty = ("FLOATS", "INTS", "STRINGS", "TENSORS", "GRAPHS", "TYPE_PROTOS", "SPARSE_TENSORS")
+    return made + [
+        AttributeProto(name=f"no_{kind.lower()}", type=AttributeProto.AttributeType.Value(kind)) for kind in empty
+    ]
 
 
 def test_custom_operator_passes_through() -> None:
