@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from typer.testing import CliRunner
 
 from fuser import cli
@@ -112,10 +112,10 @@ def test_more_than_2_gb_in_less_than_1_gb(transposed: bool, tmp_path: Path) -> N
         report = json.loads((tmp_path / "report.json").read_text())
         found = {name: entry["fused"] for name, entry in report["fusions"].items()}
         assert found == models.decoder_fusions(3)
-        assert report["weights_bytes"]["before"] == report["weights_bytes"]["after"] > 2 << 30
+        before, after = (report["weights_bytes"][side] for side in ("before", "after"))
+        assert before > 2 << 30 and abs(after - before) < 4096
         assert "weights exceed" in report["verification"]["reason"]
         result = onnx.load(out / "o.onnx", load_external_data=False)
-        onnx.checker.check_model(helper.make_model(helper.make_graph([], "g", [], [])))
         (data,) = out.glob("*.data")
         assert data.stat().st_size < 1.01 * weights.path.stat().st_size
         written = {
