@@ -7,8 +7,8 @@ gamma. Sizes that no number in the region depends on shrink, so that a check cos
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -33,6 +33,7 @@ INSTANCES: tuple[tuple[tuple[int, ...], float], ...] = (
     ((2, 4, 5, 3), 1e-6),
 )
 SHRINK_ABOVE = 160
+SHRUNK = 24  # what is divided stays at least this large
 PRIMES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
 # How far constants stored in a dtype (sqrt(2/pi), 0.044715) may be from what they stand for.
 PRECISION = {DType.FLOAT64: 1e-9, DType.FLOAT32: 1e-6, DType.FLOAT16: 2e-3, DType.BFLOAT16: 1.6e-2}
@@ -187,13 +188,15 @@ class _Trial:
         values: dict[int, torch.Tensor | None] = {id(v): self._tensor(v, dtype) for v in self.outside}
         for node in self.rewrite.region:
             inputs = [None if v is None else values[id(v)] for v in node.inputs]
-            results = evaluate(node, inputs, self.symbols, opset=self.opset, float_dtype=dtype)
+            small = replace(node, attributes=_replaced(node.attributes, self.shrink))
+            results = evaluate(small, inputs, self.symbols, opset=self.opset, float_dtype=dtype)
             values.update((id(v), result) for v, result in zip(node.outputs, results, strict=False))
         return [_present(values[id(value)]) for value in self.rewrite.outputs]
 
     def _fused(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
         inputs = [None if x is None else self._tensor(x, dtype) for x in self.rewrite.inputs]
-        attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in self.rewrite.attributes.items()}
+        attributes = _replaced(self.rewrite.attributes, self.shrink)
+        attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in attributes.items()}
         return self.rewrite.operator.evaluate(inputs, attributes)
 
 
@@ -227,32 +230,52 @@ def _is_uniform(array: np.ndarray) -> bool:
 
 
 def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
-    """Large sizes that no number inside the region mentions, each with a small prime to take its place."""
-    mentioned: set[int] = set()
-    for node in rewrite.region:
-        for attribute in node.attributes.values():
-            mentioned.update(
-                x for x in (attribute if isinstance(attribute, tuple) else (attribute,)) if isinstance(x, int)
-            )
-    for attribute in rewrite.attributes.values():
-        mentioned.update(x for x in (attribute if isinstance(attribute, tuple) else (attribute,)) if isinstance(x, int))
+    """The large sizes of a rewrite, each with a small one to take its place.
+
+    Sizes that no attribute mentions become primes. Where some are mentioned (the parts of a Split), all are divided by
+    one number, so that what adds up still does.
+    """
+    mentioned = {
+        number
+        for attributes in (*(node.attributes for node in rewrite.region), rewrite.attributes)
+        for attribute in attributes.values()
+        for number in (attribute if isinstance(attribute, tuple) else (attribute,))
+        if isinstance(number, int)
+    }
     inputs = {id(x) for x in rewrite.inputs if isinstance(x, Value)}
     drawn = _drawn(rewrite)
     sizes: set[int] = set()
+    real: set[int] = set()
     for node in rewrite.region:
         for value in (*node.inputs, *node.outputs):
             if value is None or value.shape is None:
                 continue
             fixed = {dim for dim in value.shape if isinstance(dim, int)}
+            sizes |= fixed
             if (
                 value.constant is not None
                 and id(value) not in inputs
                 and not all(id(leaf) in drawn for leaf in value.constant.leaves())
             ):
-                mentioned |= fixed  # its elements are real, so its size is
-            sizes |= fixed
-    large = sorted(size for size in sizes - mentioned if size > SHRINK_ABOVE)
-    return dict(zip(large, PRIMES, strict=False))
+                real |= fixed  # its elements are real, so its size is
+    large = sorted(size for size in sizes if size > SHRINK_ABOVE)
+    if mentioned & set(large) and not real & set(large):
+        numbers = {*large, *(number for number in mentioned if SHRINK_ABOVE < number <= large[-1])}
+        common = math.gcd(*numbers)
+        by = max(d for d in range(1, common + 1) if common % d == 0 and (d == 1 or large[0] // d >= SHRUNK))
+        return {number: number // by for number in numbers} if by > 1 else {}
+    return dict(zip((size for size in large if size not in mentioned | real), PRIMES, strict=False))
+
+
+def _replaced(attributes: Mapping[str, Any], shrink: Mapping[int, int]) -> dict[str, Any]:
+    """Attributes with the sizes they mention replaced."""
+
+    def of(item: Any) -> Any:
+        if isinstance(item, tuple):
+            return tuple(map(of, item))
+        return shrink.get(item, item) if isinstance(item, int) else item
+
+    return {name: of(attribute) for name, attribute in attributes.items()}
 
 
 def structure(rewrite: Rewrite) -> Any:

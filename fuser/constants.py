@@ -77,7 +77,8 @@ class Constant(ABC):
         """The one number this constant holds (all elements equal and at most 64 of them), else None."""
         if not 0 < self.size <= 64 or self.dtype is DType.STRING:
             return None
-        elements = self.numpy().astype(np.float64).reshape(-1)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is not equal to itself, like any other
+            elements = self.numpy().astype(np.float64).reshape(-1)
         return float(elements[0]) if (elements == elements[0]).all() else None
 
 

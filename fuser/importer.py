@@ -150,7 +150,8 @@ def _inline(model: ModelProto) -> ModelProto:
         if expanded > MAX_INLINED_NODES:
             raise InputError(f"the model's local functions expand to more than {MAX_INLINED_NODES} nodes")
         _fill_defaults(model)
-        return onnx.inliner.inline_local_functions(model, convert_version=True)
+        _align_versions(model)
+        inlined = onnx.inliner.inline_local_functions(model, convert_version=True)
     except RecursionError:
         raise InputError("the model's local functions are nested too deeply") from None
     except (onnx.checker.ValidationError, onnx.version_converter.ConvertError, RuntimeError) as error:
@@ -158,6 +159,9 @@ def _inline(model: ModelProto) -> ModelProto:
         raise InputError(
             f"the model's local functions cannot be inlined: {reason[0] if reason else 'unknown'}"
         ) from None
+    if inlined.functions:
+        raise InputError(f"the model's local function '{inlined.functions[0].name}' cannot be inlined")
+    return inlined
 
 
 def _freeze(graph: GraphProto, sizes: Mapping[str, int]) -> None:
@@ -181,6 +185,16 @@ def _freeze(graph: GraphProto, sizes: Mapping[str, int]) -> None:
         for dim in info.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
                 dim.dim_value = sizes[dim.dim_param]
+
+
+def _align_versions(model: ModelProto) -> None:
+    """The version of a domain says nothing of the model's own functions in it, but the inliner wants one everywhere."""
+    own = {function.domain for function in model.functions} - {"", "ai.onnx"}
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    for function in model.functions:
+        for entry in function.opset_import:
+            if entry.domain in own:
+                entry.version = versions.setdefault(entry.domain, entry.version)
 
 
 def _fill_defaults(model: ModelProto) -> None:
@@ -210,6 +224,7 @@ class _Reader:
     def __init__(self, graph: Graph, model: ModelProto, folder: Path, path: Path | None) -> None:
         self.graph, self.model, self.folder, self.path = graph, model, folder, path
         self.values: dict[str, Value] = {}
+        self.schemas: dict[tuple[str, str], onnx.defs.OpSchema | None] = {}
 
     def read(self) -> None:
         proto = self.model.graph
@@ -348,6 +363,7 @@ class _Reader:
         return file
 
     def _node(self, source: gs.Node, proto: onnx.NodeProto) -> None:
+        self._check_form(proto)
         attributes: dict[str, Any] = {}
         carried: list[AttributeProto] = []
         for attribute in proto.attribute:
@@ -377,6 +393,29 @@ class _Reader:
         captured = [self._lookup(name) for attribute in carried for name in _outer_names(attribute)]
         node.captures = tuple(dict.fromkeys(captured))
         self.graph.insert(node)
+
+    def _check_form(self, node: onnx.NodeProto) -> None:
+        """A standard operator has as many inputs and outputs, and the attributes, that its schema asks for."""
+        key = (node.domain, node.op_type)
+        if key not in self.schemas:
+            known = node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type)
+            try:
+                self.schemas[key] = onnx.defs.get_schema(node.op_type, self.graph.opset) if known else None
+            except onnx.defs.SchemaError:
+                self.schemas[key] = None
+        schema = self.schemas[key]
+        if schema is None:
+            return
+        given = {attribute.name for attribute in node.attribute}
+        missing = sorted(name for name, a in schema.attributes.items() if a.required and name not in given)
+        if missing:
+            raise InputError(f"node '{node.name}' ({node.op_type}) lacks its attribute {', '.join(missing)}")
+        for kind, found, least, most in (
+            ("inputs", node.input, schema.min_input, schema.max_input),
+            ("outputs", node.output, schema.min_output, schema.max_output),
+        ):
+            if not least <= len(found) <= most:
+                raise InputError(f"node '{node.name}' ({node.op_type}) has {len(found)} {kind}")
 
     def _filled(self, name: str, constant: Constant) -> Value:
         value = self._lookup(name)

@@ -157,11 +157,12 @@ def decoder(
     H: int = 2,
     V: int = 40,
     opset: int = 17,
+    transposed: bool = False,
     weights: Callable[[dict[str, tuple[int, ...]]], Sequence[TensorProto]] = weights_of,
 ) -> ModelProto:
     """A decoder without positions or cache: token ids [batch, sequence] to logits, RMSNorm, attention, gated MLP.
 
-    `weights` makes the initializers of the given names and shapes.
+    `weights` makes the initializers of the given names and shapes. `transposed` matrices are [out, in], as torch has them.
     """
     nodes, shapes = Nodes(opset), {"embed": (V, D), "final_norm": (D,), "head": (D, V)}
     split, merged = nodes.const([0, 0, H, D // H]), nodes.const([0, 0, D])
@@ -170,8 +171,10 @@ def decoder(
     for layer in range(layers):
 
         def weight(name: str, *shape: int, layer: int = layer) -> str:
-            shapes[f"layers.{layer}.{name}"] = shape
-            return f"layers.{layer}.{name}"
+            name = f"layers.{layer}.{name}"
+            turn = transposed and len(shape) == 2
+            shapes[name] = shape[::-1] if turn else shape
+            return str(nodes("Transpose", name, perm=[1, 0])) if turn else name
 
         h = nodes.rms_norm(x, weight("norm", D))
         q, k, v = (

@@ -487,6 +487,7 @@ def test_killed_in_the_middle(source: Path, tmp_path: Path) -> None:
         process = command(source, "-o", out)
         time.sleep(1.5)
         while process.poll() is None:  # as soon as it has begun to write, or has done so
+            time.sleep(0.0005)
             if any(f.name.startswith(f".{out.name}.") for f in tmp_path.iterdir()) or out.read_bytes() != old:
                 process.send_signal(with_signal)
                 break

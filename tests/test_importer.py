@@ -115,6 +115,11 @@ def test_functions_of_another_opset() -> None:
     np.testing.assert_array_equal(models.run(result, {"x": X})[0], X.mean(1, keepdims=True))
 
 
+def test_functions_whose_domain_has_several_versions() -> None:
+    model = one(f"(float[N, M] x) => (float[N, M] y) {{ y = l.outer(x) }} {FUNCTION}", more=', "l": 7')
+    assert sorted(ops(same(model, {"x": X}))) == ["Mul", "Relu"]
+
+
 def test_functions_inside_control_flow() -> None:
     body = (
         "(float[N, M] x, bool c) => (float[N, M] y) { y = If (c) <then_branch = t () => (float[N, M] a) { a = l.f(x) }"
@@ -668,6 +673,14 @@ def test_broken_graphs() -> None:
     assert "only later" in wrong(loop)
     captured = "(bool c) => (float[N] y) { y = If (c) <then_branch = t () => (float[1] a) { a = Relu(gone) },"
     assert "'gone'" in wrong(captured + " else_branch = e () => (float[1] b) { b = Relu(gone) }> }")
+
+
+def test_nodes_that_their_operators_do_not_allow() -> None:
+    assert "(Relu) has 2 inputs" in wrong("(float[N] x) => (float[N] y) { y = Relu(x, x) }")
+    assert "(Add) has 1 inputs" in wrong("(float[N] x) => (float[N] y) { y = Add(x) }")
+    assert "(Relu) has 2 outputs" in wrong("(float[N] x) => (float[N] y) { y, z = Relu(x) }")
+    assert "(Concat) lacks its attribute axis" in wrong("(float[N] x) => (float[N] y) { y = Concat(x, x) }")
+    assert "does not fit its inputs" in wrong("(float[N] x) => (float[N] y) { y = Transpose <perm = [3]> (x) }")
 
 
 def test_things_declared_twice() -> None:
