@@ -55,7 +55,7 @@ def _version(wanted: bool) -> None:
 
 def _sizes(entries: list[str], option: str) -> dict[str, int]:
     """NAME=N pairs."""
-    found = {}
+    found: dict[str, int] = {}
     for entry in entries:
         name, _, number = entry.partition("=")
         if not name or not number.isdecimal():

@@ -36,7 +36,9 @@ def read_attribute(attribute: AttributeProto) -> Any:
         return None
     if attribute.type == AttributeProto.TENSOR:
         return constant_of(attribute.t)
-    if attribute.type in (AttributeProto.FLOATS, AttributeProto.STRINGS) and not (attribute.floats or attribute.strings):
+    if attribute.type in (AttributeProto.FLOATS, AttributeProto.STRINGS) and not (
+        attribute.floats or attribute.strings
+    ):
         return None  # a plain empty tuple would go out as INTS
     reader = _READERS.get(attribute.type)
     if reader is None:

@@ -126,7 +126,9 @@ def weights_of(shapes: Mapping[str, tuple[int, ...]]) -> list[TensorProto]:
     """Random initializers: matrices scaled to keep magnitudes, vectors around one."""
     made = []
     for seed, (name, shape) in enumerate(shapes.items()):
-        data = random(*shape, seed=seed, scale=shape[0] ** -0.5) if len(shape) > 1 else 1 + random(*shape, seed=seed) / 4
+        data = (
+            random(*shape, seed=seed, scale=shape[0] ** -0.5) if len(shape) > 1 else 1 + random(*shape, seed=seed) / 4
+        )
         made.append(numpy_helper.from_array(data.astype(np.float32), name))
     return made
 

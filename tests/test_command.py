@@ -297,7 +297,11 @@ def test_external_data_that_is_wrong(tmp_path: Path) -> None:
     data = models.save_external(models.norms(), path)
     proto = onnx.load(path, load_external_data=False)
     out = tmp_path / "o.onnx"
-    changes = {"offset": ["-1", "9" * 30, "x"], "length": ["1", "-1", "9" * 30], "location": ["../x", "/etc/hosts", "gone"]}
+    changes = {
+        "offset": ["-1", "9" * 30, "x"],
+        "length": ["1", "-1", "9" * 30],
+        "location": ["../x", "/etc/hosts", "gone"],
+    }
     for key, values in changes.items():
         for value in values:
             copy = onnx.ModelProto()
@@ -333,9 +337,7 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
 # What goes wrong on the way
 
 
-def test_verification_failure_writes_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verification_failure_writes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "o.onnx").write_bytes(b"old")
     real = exporter.export
 
@@ -349,7 +351,9 @@ def test_verification_failure_writes_nothing(
 
     monkeypatch.setattr(api, "export", wrong)
     line = refused(4, source, "-o", tmp_path / "o.onnx", "--report", tmp_path / "r.json")
-    assert re.search(r"differs from the original by more than 2\.0e-05 \(short \d\.\de-0\d, full .*; nothing was written", line)
+    assert re.search(
+        r"differs from the original by more than 2\.0e-05 \(short \d\.\de-0\d, full .*; nothing was written", line
+    )
     assert (tmp_path / "o.onnx").read_bytes() == b"old"
     assert [f.name for f in tmp_path.iterdir()] == ["o.onnx"]
 

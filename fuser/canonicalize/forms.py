@@ -107,13 +107,7 @@ def _reduce_sum_square(graph: Graph, node: Node) -> bool:
 def _mean(graph: Graph, node: Node) -> bool:
     """sum(x) * (1/n) is mean(x)."""
     value, axes = node.inputs[0], node.attributes.get("axes")
-    if (
-        value is None
-        or value.shape is None
-        or not axes
-        or not node.output.uses
-        or node.output.pinned
-    ):
+    if value is None or value.shape is None or not axes or not node.output.uses or node.output.pinned:
         return False
     count = dims.product(value.shape[axis] for axis in axes)
     if not isinstance(count, int):
@@ -124,7 +118,7 @@ def _mean(graph: Graph, node: Node) -> bool:
         other = user.inputs[1] if user.inputs[0] is node.output else user.inputs[0]
         if other is None or other.scalar is None or abs(other.scalar * count - 1.0) > 1e-6 or user.output.captured:
             return False
-    attributes = {name: node.attributes[name] for name in ("axes", "keepdims") if name in node.attributes}
+    attributes = {name: item for name, item in node.attributes.items() if name != "noop_with_empty_axes"}
     mean = emit(graph, node, "ReduceMean", [value], attributes)
     for user in node.output.consumers:
         become(graph, user, mean)
