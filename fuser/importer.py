@@ -54,9 +54,7 @@ def read_model(path: Path) -> ModelProto:
         if not path.is_file() and path.exists():
             raise InputError(f"'{path}' is not a regular file")
         if path.stat().st_size > MAX_MODEL_BYTES:
-            raise InputError(
-                f"'{path}' is not an ONNX file: it is more than the 2 GiB one can have (weights lie beside it)"
-            )
+            raise InputError(f"'{path}' is not an ONNX file: it has more than the 2 GiB that one can have")
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"'{path}' does not exist") from None
@@ -155,10 +153,8 @@ def _inline(model: ModelProto) -> ModelProto:
     except RecursionError:
         raise InputError("the model's local functions are nested too deeply") from None
     except (onnx.checker.ValidationError, onnx.version_converter.ConvertError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"the model's local functions cannot be inlined: {reason[0] if reason else 'unknown'}"
-        ) from None
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"the model's local functions cannot be inlined: {reason}") from None
     if inlined.functions:
         raise InputError(f"the model's local function '{inlined.functions[0].name}' cannot be inlined")
     return inlined

@@ -146,14 +146,9 @@ class Spelling:
     def _reductions(self, node: Node) -> None:
         """Counts the axes of a reduction from the front: of an empty tensor, ONNX Runtime reduces none that is negative."""
         value, axes = node.input(0), node.attributes.get("axes")
-        if (
-            node.op in REDUCTIONS
-            and not self.any_rank
-            and axes is not None
-            and value is not None
-            and value.shape is not None
-        ):
-            node.attributes["axes"] = tuple(axis % len(value.shape) for axis in axes)
+        rank = value.rank if value is not None and not self.any_rank else None
+        if node.op in REDUCTIONS and axes is not None and rank:
+            node.attributes["axes"] = tuple(axis % rank for axis in axes)
 
     def _reshape_target(self, node: Node, wanted: Shape) -> Shape:
         """A Reshape's target with nothing computed where that can be: 0 keeps a dim in place, one -1 takes the rest."""

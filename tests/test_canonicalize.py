@@ -492,7 +492,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reshape of a past that is empty": (
         "(float[P, N, 2, 3] w) => (float a, float b) { s = Shape(w) p = Gather <axis = 0> (s, zero)"
         " n = Gather <axis = 0> (s, one) six = Concat <axis = 0> (n, p, last) t = Transpose <perm = [1, 0, 2, 3]> (w)"
-        " a = Reshape(t, six) double = Mul(n, two) v = Concat <axis = 0> (p, double, three) b = Reshape <allowzero = 1> (w, v) }",
+        " a = Reshape(t, six) double = Mul(n, two) v = Concat <axis = 0> (p, double, three)"
+        " b = Reshape <allowzero = 1> (w, v) }",
         {"zero": [0], "one": [1], "two": [2], "three": [3], "last": [6]},
     ),
     "a cast to bool is a question": (
@@ -502,7 +503,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "the largest and the least of several": (
         "(float[N, M, 6] x, float[N, P, 6] y) => (int64 a, int64 b, int64 c) {"
-        " n = Shape <start = 0, end = 2> (x) p = Shape <start = 1, end = 2> (y) a = Max(n, p, two) b = Min(two, p, n) c = Max(n) }",
+        " n = Shape <start = 0, end = 2> (x) p = Shape <start = 1, end = 2> (y) a = Max(n, p, two) b = Min(two, p, n)"
+        " c = Max(n) }",
         {"two": [2]},
     ),
     "numbers at the end of their type": (
@@ -521,8 +523,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "a size nobody knows": (
         "(float[N, M, 6] x) => (int64 n, float y, int64 s) { z = NonZero(x) n = Shape(z) t = Transpose(z) f = Cast <to = 1> (t)"
-        " g = Relu(f) d = Shape(g) s = Gather <axis = 0> (d, zero) v = Concat <axis = 0> (one, d) h = Reshape <allowzero = 1> (g, v)"
-        " y = Mul(h, h) }",
+        " g = Relu(f) d = Shape(g) s = Gather <axis = 0> (d, zero) v = Concat <axis = 0> (one, d)"
+        " h = Reshape <allowzero = 1> (g, v) y = Mul(h, h) }",
         {"zero": 0, "one": [1]},
     ),
     "a size only its own -1 knows": (
@@ -593,14 +595,10 @@ def test_captured_values_survive_every_rule() -> None:
     }  # fmt: skip
     x = models.random(2, 2)
     for text, op in nodes.items():
-        body = "v_out = Neg(v)"
-        model = unshaped(
-            one(
-                f"(float[2, 2] x, bool c) => (float y, float z) {{ first = {text} v = {text} z = Relu(v)"
-                f" y = If (c) <then_branch = t () => (float v_out) {{ {body} }}, else_branch = e () => (float e_out) {{ e_out = Abs(v) }}> }}",
-                weights,
-            )
-        )
+        branches = "then_branch = t () => (float t_out) { t_out = Neg(v) },"
+        branches += "else_branch = e () => (float e_out) { e_out = Abs(v) }"
+        body = f"first = {text} v = {text} z = Relu(v) y = If (c) <{branches}>"
+        model = unshaped(one(f"(float[2, 2] x, bool c) => (float y, float z) {{ {body} }}", weights))
         _, result = canonical(model)
         assert sum(node.op_type == op for node in result.graph.node) >= (op != "Relu"), text
         for c in (True, False):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,8 @@ def test_fusing_again_changes_nothing(target: str, tmp_path: Path) -> None:
     second.save(tmp_path / "second.onnx")
     third = fuser.fuse(tmp_path / "second.onnx", target=target)
     assert third.report.fused == first.report.fused
-    assert [n.op_type for n in third._artifact.model.graph.node] == [
-        n.op_type for n in second._artifact.model.graph.node
-    ]
+    after, before = (fused._artifact.model.graph for fused in (third, second))
+    assert [node.op_type for node in after.node] == [node.op_type for node in before.node]
 
 
 # Weights
@@ -156,7 +155,7 @@ def test_external_data_is_aligned_and_complete(beside: None, tmp_path: Path) -> 
             assert length == int(np.prod(weight.dims)) * 4
             ranges.append((offset, offset + length))
     ranges.sort()
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+    assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
     assert ranges[-1][1] == data.stat().st_size
     feeds = {"input_ids": np.array([[1, 5, 2]])}
     np.testing.assert_array_equal(

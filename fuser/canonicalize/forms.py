@@ -1,7 +1,5 @@
 """One computation, one form: the spellings of division, roots, powers and means become one."""
 
-from typing import Any
-
 import ml_dtypes
 
 from fuser import dims
@@ -124,9 +122,7 @@ def _mean(graph: Graph, node: Node) -> bool:
         other = user.inputs[1] if user.inputs[0] is node.output else user.inputs[0]
         if other is None or other.scalar is None or abs(other.scalar * count - 1.0) > 1e-6 or user.output.captured:
             return False
-    attributes: dict[str, Any] = {
-        name: node.attributes[name] for name in ("axes", "keepdims") if name in node.attributes
-    }
+    attributes = {name: item for name, item in node.attributes.items() if name != "noop_with_empty_axes"}
     mean = emit(graph, node, "ReduceMean", [value], attributes)
     for user in node.output.consumers:
         become(graph, user, mean)

@@ -33,9 +33,8 @@ def share(graph: Graph) -> int:
         if node.op in IMPURE or node.domain not in PURE_DOMAINS or node.carried or node.captures:
             continue
         attributes = tuple((k, id(v) if isinstance(v, Constant) else v) for k, v in sorted(node.attributes.items()))
-        present = tuple(
-            bool(value.name) for value in node.outputs
-        )  # an output left out cannot be read in another's place
+        # An output left out cannot be read in another's place.
+        present = tuple(bool(value.name) for value in node.outputs)
         key = (node.op, node.domain, attributes, tuple(map(key_of, node.inputs)), present)
         first = seen.setdefault(key, node)
         if first is node or any(value.captured for value in node.outputs):

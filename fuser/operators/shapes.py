@@ -70,7 +70,8 @@ def transpose(x: Tensor, *, perm: list[int] | None = None) -> Tensor:
 @operator("Expand")
 def expand(x: Tensor, shape: Ints) -> Tensor:
     """Broadcasts both ways: a 1 in `shape` keeps the input's dim."""
-    return x.broadcast_to(torch.broadcast_shapes(x.shape, ints(shape)))  # type: ignore[no-untyped-call]
+    wanted: torch.Size = torch.broadcast_shapes(x.shape, ints(shape))  # type: ignore[no-untyped-call]
+    return x.broadcast_to(wanted)
 
 
 @operator("Tile")
