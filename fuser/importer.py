@@ -5,15 +5,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
-import onnx.checker
-import onnx.inliner
-import onnx.version_converter
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
@@ -23,10 +20,10 @@ from fuser.constants import Array, Constant, Stored
 from fuser.dtypes import MAX_OPSET, DType
 from fuser.errors import InputError, UsageError
 from fuser.graph import Graph, Node, Origin, Value
+from fuser.inlining import inline
 from fuser.onnx_nodes import constant_of, read_attribute
 
 MIN_OPSET = 13
-MAX_INLINED_NODES = 200_000  # of the functions of a file: some hundred times a large model's
 MAX_MODEL_BYTES = 2 << 30  # protobuf's own limit
 
 
@@ -91,7 +88,7 @@ def from_proto(
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError(f"{where} is opset {opset}; fuser reads {MIN_OPSET} to {MAX_OPSET}")
     if model.functions:
-        model = _inline(model)
+        model = inline(model)
         opsets.update({e.domain: e.version for e in model.opset_import if e.domain not in ("", "ai.onnx")})
     if freeze:
         _freeze(model.graph, freeze)
@@ -119,47 +116,6 @@ def _without_graph(model: ModelProto) -> ModelProto:
     return header
 
 
-def _inline(model: ModelProto) -> ModelProto:
-    """The model with its local functions inlined, unless that would grow it past all use."""
-    bodies = {(f.domain, f.name, f.overload): f.node for f in model.functions}
-    sizes: dict[FunctionName, int] = {}
-    open_: set[FunctionName] = set()
-
-    def size(nodes: Iterable[onnx.NodeProto]) -> int:
-        """The nodes these come to, bodies of control flow included."""
-        total = 0
-        for node in nodes:
-            name = (node.domain, node.op_type, node.overload)
-            total += function_size(name) if name in bodies else 1
-            total += sum(size(body.node) for attribute in node.attribute for body in (attribute.g, *attribute.graphs))
-        return total
-
-    def function_size(name: FunctionName) -> int:
-        if name in open_:
-            raise InputError(f"the model's local functions call one another in a circle, through '{name[0]}.{name[1]}'")
-        if name not in sizes:
-            open_.add(name)
-            sizes[name] = size(bodies[name])
-            open_.remove(name)
-        return sizes[name]
-
-    try:
-        expanded = size(model.graph.node)
-        if expanded > MAX_INLINED_NODES:
-            raise InputError(f"the model's local functions expand to more than {MAX_INLINED_NODES} nodes")
-        _fill_defaults(model)
-        _align_versions(model)
-        inlined = onnx.inliner.inline_local_functions(model, convert_version=True)
-    except RecursionError:
-        raise InputError("the model's local functions are nested too deeply") from None
-    except (onnx.checker.ValidationError, onnx.version_converter.ConvertError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"the model's local functions cannot be inlined: {reason}") from None
-    if inlined.functions:
-        raise InputError(f"the model's local function '{inlined.functions[0].name}' cannot be inlined")
-    return inlined
-
-
 def _freeze(graph: GraphProto, sizes: Mapping[str, int]) -> None:
     declared = {
         d.dim_param
@@ -181,37 +137,6 @@ def _freeze(graph: GraphProto, sizes: Mapping[str, int]) -> None:
         for dim in info.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
                 dim.dim_value = sizes[dim.dim_param]
-
-
-def _align_versions(model: ModelProto) -> None:
-    """The version of a domain says nothing of the model's own functions in it, but the inliner wants one everywhere."""
-    own = {function.domain for function in model.functions} - {"", "ai.onnx"}
-    versions = {entry.domain: entry.version for entry in model.opset_import}
-    for function in model.functions:
-        for entry in function.opset_import:
-            if entry.domain in own:
-                entry.version = versions.setdefault(entry.domain, entry.version)
-
-
-def _fill_defaults(model: ModelProto) -> None:
-    """Gives every call the attributes that its function has a default for: onnx's inliner overlooks defaults."""
-    defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in model.functions if f.attribute_proto}
-
-    def fill(nodes: Iterable[onnx.NodeProto]) -> None:
-        for node in nodes:
-            given = {attribute.name for attribute in node.attribute}
-            missing = defaults.get((node.domain, node.op_type, node.overload), ())
-            node.attribute.extend(attribute for attribute in missing if attribute.name not in given)
-            for attribute in node.attribute:
-                for body in (attribute.g, *attribute.graphs):
-                    fill(body.node)
-
-    if defaults:
-        for nodes in (model.graph.node, *(function.node for function in model.functions)):
-            fill(nodes)
-
-
-FunctionName: TypeAlias = tuple[str, str, str]  # domain, name, overload
 
 
 class _Reader:
