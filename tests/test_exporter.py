@@ -20,7 +20,11 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import fuser
-from fuser import exporter
+from fuser import exporter, patterns
+from fuser.canonicalize import canonicalize
+from fuser.importer import load
+from fuser.lowering import lower
+from fuser.rewriting import rewrite
 from tests import models, zoo
 from tests.models import one, tensor
 
@@ -528,3 +532,24 @@ def test_model_given_as_a_proto_is_not_changed() -> None:
     copy.CopyFrom(model)
     fuser.fuse(model)
     assert model == copy
+
+
+@pytest.mark.parametrize(
+    ("architecture", "made_by"), [("llama", "torchscript"), ("gpt2", "optimum"), ("qwen2", "dynamo")]
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_graph_is_valid_after_every_stage(architecture: str, made_by: str, target: str) -> None:
+    graph = load(zoo.exported(architecture, made_by))
+    graph.validate()
+    canonicalize(graph)
+    graph.validate()
+    for operator in patterns.ALL:
+        rewrite(graph, [operator], verify=False)
+        graph.validate()
+    before = str(graph)
+    lowered = graph.clone()
+    lowered.validate()
+    lower(lowered, target)
+    lowered.validate()
+    assert str(graph) == before
+    assert not any(node.domain == "fuser" for node in lowered.nodes) or target == "functions"
