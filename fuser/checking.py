@@ -42,6 +42,12 @@ class Rewrite:
     operator: FusedOp
     inputs: Sequence[Value | Constant | None]
     attributes: dict[str, Any]
+    context: Sequence[Node] = ()  # nodes the region reads that stay: evaluated with it
+
+    @property
+    def evaluated(self) -> list[Node]:
+        """The nodes that both sides' inputs are read from, in order."""
+        return [*self.context, *self.region]
 
 
 @dataclass
@@ -99,19 +105,19 @@ class _Trial:
         self.leaves: dict[int, np.ndarray] = {}
         self.given: dict[int, np.ndarray] = {}
         self.drawn = _drawn(rewrite)
-        made = {id(value) for node in rewrite.region for value in node.outputs}
+        made = {id(value) for node in rewrite.evaluated for value in node.outputs}
         self.outside = list(
-            dict.fromkeys(v for node in rewrite.region for v in node.inputs if v is not None and id(v) not in made)
+            dict.fromkeys(v for node in rewrite.evaluated for v in node.inputs if v is not None and id(v) not in made)
         )
         self.outside += [x for x in rewrite.inputs if isinstance(x, Value) and x not in self.outside]
         mentioned = [dim for value in self.outside for dim in value.shape or ()]
-        mentioned += [dim for node in rewrite.region for value in node.outputs for dim in value.shape or ()]
+        mentioned += [dim for node in rewrite.evaluated for value in node.outputs for dim in value.shape or ()]
         names = sorted(dims.symbols(mentioned), key=str)
         self.symbols: dict[sympy.Symbol, int] = {name: sizes[i % len(sizes)] for i, name in enumerate(names)}
         self.precision = max((PRECISION.get(dtype, 0.0) for dtype in self._floats()), default=1e-6)
 
     def _floats(self) -> list[DType]:
-        values = [*self.outside, *(v for node in self.rewrite.region for v in node.outputs)]
+        values = [*self.outside, *(v for node in self.rewrite.evaluated for v in node.outputs)]
         return [value.dtype for value in values if value.dtype is not None and value.dtype.is_float]
 
     def run(self) -> str | None:
@@ -179,7 +185,7 @@ class _Trial:
 
     def _region(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
         values: dict[int, torch.Tensor | None] = {id(v): self._tensor(v, dtype) for v in self.outside}
-        for node in self.rewrite.region:
+        for node in self.rewrite.evaluated:
             inputs = [None if v is None else values[id(v)] for v in node.inputs]
             results = evaluate(node, inputs, self.symbols, opset=self.opset, float_dtype=dtype)
             values.update((id(v), result) for v, result in zip(node.outputs, results, strict=False))
@@ -211,7 +217,7 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
 def _drawn(rewrite: Rewrite) -> set[int]:
     """The stored constants that both sides read as tensors: weights, whose elements the check draws anew."""
     fused = [x.constant if isinstance(x, Value) else x for x in rewrite.inputs]
-    region = [v.constant for node in rewrite.region for v in node.inputs if v is not None]
+    region = [v.constant for node in rewrite.evaluated for v in node.inputs if v is not None]
     read = {id(leaf) for constant in region if constant is not None for leaf in constant.leaves()}
     return read & {id(leaf) for constant in fused if constant is not None for leaf in constant.leaves()}
 
@@ -223,7 +229,7 @@ def _is_uniform(array: np.ndarray) -> bool:
 def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
     """Large sizes that no number inside the region mentions, each with a small prime to take its place."""
     mentioned: set[int] = set()
-    for node in rewrite.region:
+    for node in rewrite.evaluated:
         for attribute in node.attributes.values():
             mentioned.update(
                 x for x in (attribute if isinstance(attribute, tuple) else (attribute,)) if isinstance(x, int)
@@ -233,7 +239,7 @@ def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
     inputs = {id(x) for x in rewrite.inputs if isinstance(x, Value)}
     drawn = _drawn(rewrite)
     sizes: set[int] = set()
-    for node in rewrite.region:
+    for node in rewrite.evaluated:
         for value in (*node.inputs, *node.outputs):
             if value is None or value.shape is None:
                 continue
@@ -272,7 +278,7 @@ def structure(rewrite: Rewrite) -> Any:
 
     nodes = tuple(
         (node.op, node.domain, _frozen(node.attributes), tuple(map(of, node.inputs)), tuple(map(of, node.outputs)))
-        for node in rewrite.region
+        for node in rewrite.evaluated
     )
     interface = (tuple(map(of, rewrite.inputs)), tuple(map(of, rewrite.outputs)))
     return (rewrite.operator.name, nodes, interface, _frozen(rewrite.attributes))

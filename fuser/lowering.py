@@ -74,6 +74,7 @@ def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
     """
     if target not in TARGETS:
         raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
+    _raise_opset(graph, target)
     functions = _Functions(graph.opset) if target == "functions" else None
     for node in list(graph.nodes):
         operator = REGISTRY.get(node.op) if node.domain == FUSER else None
@@ -85,6 +86,39 @@ def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
             _replace(graph, node, operator.lowerings[target])
     Spelling(graph).spell()
     return list(functions.bodies.values()) if functions is not None else []
+
+
+def _raise_opset(graph: Graph, target: str) -> None:
+    """Moves a graph to the opset its fused nodes would like, if that changes no node's meaning."""
+    wanted = max(
+        (REGISTRY[n.op].opsets.get(target, 0) for n in graph.nodes if n.domain == FUSER and n.op in REGISTRY), default=0
+    )
+    plain = {node.op for node in graph.nodes if not node.domain}
+    if (
+        wanted > graph.opset
+        and not any(n.carried for n in graph.nodes)
+        and all(_carries_over(op, graph.opset, wanted) for op in plain)
+    ):
+        graph.opset = wanted
+
+
+def _carries_over(op: str, old: int, new: int) -> bool:
+    """Whether an operator means the same in a newer opset, as its schema tells: nothing taken away, no default changed."""
+    try:
+        before, after = onnx.defs.get_schema(op, old), onnx.defs.get_schema(op, new)
+    except onnx.defs.SchemaError:
+        return False
+    if before.since_version == after.since_version or op in PARAMETERS:
+        return True
+    same = all(
+        name in after.attributes and after.attributes[name].default_value == attribute.default_value
+        for name, attribute in before.attributes.items()
+    )
+    return (
+        same
+        and before.min_input == after.min_input
+        and [i.name for i in before.inputs] == [i.name for i in after.inputs][: len(before.inputs)]
+    )
 
 
 def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:

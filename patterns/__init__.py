@@ -1,6 +1,7 @@
 """One file per fusion: its meaning, the source graphs exporters write for it, and its lowerings."""
 
 from fuser.fused import FusedOp
+from fuser.patterns.attention import attention
 from fuser.patterns.gated_mlp import gated_mlp
 from fuser.patterns.gelu import gelu
 from fuser.patterns.gelu_tanh import gelu_tanh
@@ -23,6 +24,7 @@ ALL: tuple[FusedOp, ...] = (
     gelu_tanh,
     gated_mlp,
     packed_linear,
+    attention,
 )
 
 __all__ = ["ALL"]

@@ -40,6 +40,7 @@ def _(node: Node) -> str:
 
 
 CONTRACTIONS = {
+    ("fuser", "attention"),
     ("", "Attention"),
     ("", "Einsum"),
     (MICROSOFT, "MultiHeadAttention"),

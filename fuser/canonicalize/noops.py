@@ -1,7 +1,7 @@
 """Operators that do nothing go: identities, whole slices, chains of which only the last matters."""
 
 from fuser import dims
-from fuser.canonicalize.rules import become, emit, rule
+from fuser.canonicalize.rules import become, emit, rule, sole
 from fuser.content import clamp, slice_bounds
 from fuser.dims import Dim
 from fuser.graph import Graph, Node
@@ -76,6 +76,31 @@ def _transpose(graph: Graph, node: Node) -> bool:
     node.attributes["perm"] = tuple(first[i] for i in order)
     graph.set_input(node, 0, inner.inputs[0])
     return True
+
+
+@rule("Reshape")
+def _flat_transpose(graph: Graph, node: Node) -> bool:
+    """Swapping the last two axes needs no merging of the others before and splitting of them after."""
+    value, shape = node.inputs[0], node.output.shape
+    turn = value.producer if value is not None else None
+    if turn is None or shape is None or len(node.inputs) > 1 or not turn.is_a("Transpose") or not sole(value, node):
+        return False
+    flat = turn.inputs[0]
+    merge = flat.producer if flat is not None else None
+    if merge is None or flat is None or flat.shape is None or not merge.is_a("Reshape") or len(merge.inputs) > 1:
+        return False
+    if (
+        tuple(turn.attributes.get("perm", ())) != (0, 2, 1)
+        or len(shape) < 4
+        or shape[-2:] != (flat.shape[2], flat.shape[1])
+    ):
+        return False
+    lead = shape[:-2]
+    if dims.equal(dims.product(lead), flat.shape[0]) is not True:
+        return False
+    whole = emit(graph, merge, "Reshape", [merge.inputs[0]], {"shape": (*lead, flat.shape[1], flat.shape[2])})
+    order = (*range(len(lead)), len(lead) + 1, len(lead))
+    return become(graph, node, emit(graph, turn, "Transpose", [whole], {"perm": order}))
 
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")

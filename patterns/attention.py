@@ -1,0 +1,173 @@
+"""Attention: y = softmax(softcap(q k^T * scale) + mask) v, with grouped heads. arXiv:1706.03762, arXiv:2305.13245."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.dtypes import DType
+from fuser.fused import Inputs, Source, fused_op
+from fuser.graph import Value
+from fuser.pattern import Match, applies, capture, either, keep, maybe, number, op, optional, require
+
+
+@fused_op("q[B, H, S, Dh], k[B, G, T, Dh], v[B, G, T, Dv], mask[*M]? -> y[B, H, S, Dv]")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    guarded: bool = False,
+) -> Tensor:
+    """q [B, H, S, Dh], k [B, G, T, Dh], v [B, G, T, Dv]; each key head serves H / G query heads; softmax in float32.
+
+    `mask` broadcasts to [B, H, S, T]: bool (True: attend), or float, added to the scores after `softcap` (0: none).
+    `guarded`: a row with nothing to attend gives zeros, where softmax alone gives NaN.
+    """
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    keys, values = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q.to(wide) @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    weights = scores.softmax(-1)
+    return ((weights.nan_to_num(0.0) if guarded else weights) @ values).to(q.dtype)
+
+
+def _repeated(x: Any) -> Any:
+    """Each key head once for every query head it serves."""
+    return either(op.Reshape(op.Expand(op.Unsqueeze(x, axes=(2,)))), x)
+
+
+def _weighted(scores: Any, v: Any) -> Any:
+    weights = maybe(op.Cast(op.Softmax(maybe(op.Cast(scores)), axis=-1)))
+    return either(op.Where(op.IsNaN(weights), 0, weights), weights) @ _repeated(v)
+
+
+def _scores(q: Any, k: Any) -> Any:
+    """q k^T with its scale in any place: on q, on k, on both, or after; then perhaps soft-capped."""
+    turned = op.Transpose(_repeated(k), perm=(0, 1, 3, 2))
+    k_scale, scale = number("k_scale"), number("scale")
+    keys = either(turned * k_scale, op.Transpose(_repeated(k) * k_scale, perm=(0, 1, 3, 2)), turned)
+    raw = either(q * number("q_scale"), q) @ keys
+    scaled = either(raw * scale, raw)
+    return either(op.Tanh(scaled * number("inner")) * number("outer"), scaled)
+
+
+@attention.source
+def additive(q: Any, k: Any, v: Any, mask: Any, allowed: Any) -> Any:
+    scores = _scores(q, k)
+    chosen = keep(op.Where(allowed, 0, number("lowest")))
+    return _weighted(either(scores + chosen, scores + mask), v)
+
+
+@attention.source
+def filled(q: Any, k: Any, v: Any, allowed: Any) -> Any:
+    return _weighted(op.Where(allowed, _scores(q, k), number("lowest")), v)
+
+
+@attention.source
+def unmasked(q: Any, k: Any, v: Any) -> Any:
+    return _weighted(_scores(q, k), v)
+
+
+def _declare(source: Source) -> None:
+    @source.attributes
+    def _(m: Match) -> dict[str, Any]:
+        scale = math.prod(m.scalar(name) for name in ("q_scale", "k_scale", "scale") if m.values.get(name) is not None)
+        softcap = 0.0
+        if m.outer is not None:
+            softcap = m.scalar("outer")
+            require(
+                abs(softcap * m.scalar("inner") - 1) < 1e-5,
+                "attention: softcap must divide before tanh and multiply after",
+            )
+        return {"scale": scale, "softcap": softcap, "guarded": any(node.is_a("IsNaN") for node in m.region)}
+
+    @source.inputs
+    def _(m: Match) -> Inputs:
+        if m.lowest is None:
+            return {}
+        infinite = math.isinf(m.scalar("lowest"))
+        if m.kept and not infinite:
+            (chosen,) = m.kept
+            return {"mask": chosen.output}  # a large finite number still orders rows that may attend to nothing
+        require(infinite, "attention: masked scores must be minus infinity", m.lowest)
+        return {"mask": m.allowed}
+
+
+for _source in (additive, filled, unmasked):
+    _declare(_source)
+
+
+@attention.source
+def standard(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    return op.Attention(
+        q, _repeated(k), _repeated(v), optional(mask), is_causal=0, scale=capture("scale"), softcap=capture("softcap")
+    )
+
+
+@standard.attributes
+def _(m: Match) -> dict[str, Any]:
+    applies(m.q.rank == 4)
+    scale = m.attributes["scale"]
+    if scale is None:
+        require(m.q.shape is not None and isinstance(m.q.shape[-1], int), "attention: the head dim must be known", m.q)
+        scale = 1 / math.sqrt(m.q.shape[-1])
+    return {"scale": scale, "softcap": m.attributes["softcap"] or 0.0, "guarded": True}
+
+
+@attention.lower("ort", opset=23)
+def _(op: Any, q: Any, k: Any, v: Any, mask: Any, *, scale: float, softcap: float, guarded: bool) -> Any:
+    if op.opset < 23:
+        return attention.lowerings["functions"](op, q, k, v, mask, scale=scale, softcap=softcap, guarded=guarded)
+    if mask is not None and not guarded:
+        # The operator gives zeros for rows masked by the type's lowest number, where softmax gives their mean.
+        mask = op.Max(mask, op.constant(-1e4 if mask.dtype is DType.FLOAT16 else -1e30, mask.dtype))
+    return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
+
+
+@attention.lower("functions")
+def _(op: Any, q: Value, k: Value, v: Value, mask: Any, *, scale: Any, softcap: Any, guarded: bool) -> Any:
+    assert q.shape is not None and k.shape is not None and v.shape is not None
+    heads, groups, width = q.shape[1], k.shape[1], v.shape[3]
+
+    def shaped(x: Any, *shape: Any) -> Any:
+        return op.Reshape(x, op.constant(shape, DType.INT64))
+
+    # The query heads of a group are rows of one product: no key is repeated.
+    rows = shaped(op.Mul(q, op.scalar_like(scale, q)), 0, groups, -1, q.shape[3])
+    scores = shaped(op.MatMul(rows, op.Transpose(k, perm=(0, 1, 3, 2))), 0, heads, -1, 0)
+    if softcap:
+        scores = op.Mul(op.Tanh(op.Div(scores, op.scalar_like(softcap, scores))), op.scalar_like(softcap, scores))
+    if mask is not None and mask.dtype is DType.BOOL:
+        scores = op.Where(mask, scores, op.scalar_like(-math.inf, scores))
+    elif mask is not None:
+        scores = op.Add(scores, mask)
+    weights = op.Softmax(op.Cast(scores, to=op.FLOAT), axis=-1)
+    if guarded:
+        weights = op.Where(op.IsNaN(weights), op.scalar_like(0.0, weights), weights)
+    result = op.MatMul(shaped(op.CastLike(weights, q), 0, groups, -1, 0), v)
+    return shaped(result, 0, heads, -1, width)
+
+
+attention.examples(
+    {
+        "B": 2,
+        "H": 4,
+        "G": 2,
+        "S": 3,
+        "T": 7,
+        "Dh": 16,
+        "Dv": 16,
+        "scale": 0.25,
+        "softcap": 0.0,
+        "guarded": True,
+        "without": ("mask",),
+    },
+)
