@@ -109,7 +109,9 @@ class _Trial:
         self.outside = list(
             dict.fromkeys(v for node in rewrite.evaluated for v in node.inputs if v is not None and id(v) not in made)
         )
-        self.outside += [x for x in rewrite.inputs if isinstance(x, Value) and x not in self.outside]
+        self.outside += [
+            x for x in rewrite.inputs if isinstance(x, Value) and x not in self.outside and id(x) not in made
+        ]
         mentioned = [dim for value in self.outside for dim in value.shape or ()]
         mentioned += [dim for node in rewrite.evaluated for value in node.outputs for dim in value.shape or ()]
         names = sorted(dims.symbols(mentioned), key=str)
@@ -183,16 +185,24 @@ class _Trial:
             return array.astype(ml_dtypes.bfloat16 if dtype is DType.BFLOAT16 else dtype.numpy)
         return self.random.integers(0, 2, shape).astype(dtype.numpy)
 
-    def _region(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    def _values(self, nodes: Sequence[Node], dtype: torch.dtype | None) -> dict[int, torch.Tensor | None]:
+        """The drawn inputs and what some nodes make of them."""
         values: dict[int, torch.Tensor | None] = {id(v): self._tensor(v, dtype) for v in self.outside}
-        for node in self.rewrite.evaluated:
+        for node in nodes:
             inputs = [None if v is None else values[id(v)] for v in node.inputs]
             results = evaluate(node, inputs, self.symbols, opset=self.opset, float_dtype=dtype)
             values.update((id(v), result) for v, result in zip(node.outputs, results, strict=False))
+        return values
+
+    def _region(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        values = self._values(self.rewrite.evaluated, dtype)
         return [_present(values[id(value)]) for value in self.rewrite.outputs]
 
     def _fused(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
-        inputs = [None if x is None else self._tensor(x, dtype) for x in self.rewrite.inputs]
+        made = self._values(self.rewrite.context, dtype)
+        inputs = [
+            None if x is None else made[id(x)] if id(x) in made else self._tensor(x, dtype) for x in self.rewrite.inputs
+        ]
         attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in self.rewrite.attributes.items()}
         return self.rewrite.operator.evaluate(inputs, attributes)
 

@@ -79,7 +79,7 @@ def unmasked(q: Any, k: Any, v: Any) -> Any:
 def _declare(source: Source) -> None:
     @source.attributes
     def _(m: Match) -> dict[str, Any]:
-        scale = math.prod(m.scalar(name) for name in ("q_scale", "k_scale", "scale") if m.values.get(name) is not None)
+        scale = math.prod((m.scalar(name) for name in ("q_scale", "k_scale", "scale") if m.values.get(name) is not None), start=1.0)
         softcap = 0.0
         if m.outer is not None:
             softcap = m.scalar("outer")
@@ -126,7 +126,7 @@ def _(m: Match) -> dict[str, Any]:
 def _(op: Any, q: Any, k: Any, v: Any, mask: Any, *, scale: float, softcap: float, guarded: bool) -> Any:
     if op.opset < 23:
         return attention.lowerings["functions"](op, q, k, v, mask, scale=scale, softcap=softcap, guarded=guarded)
-    if mask is not None and not guarded:
+    if mask is not None and mask.dtype is not DType.BOOL and not guarded:
         # The operator gives zeros for rows masked by the type's lowest number, where softmax gives their mean.
         mask = op.Max(mask, op.constant(-1e4 if mask.dtype is DType.FLOAT16 else -1e30, mask.dtype))
     return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)

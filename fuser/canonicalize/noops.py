@@ -4,7 +4,7 @@ from fuser import dims
 from fuser.canonicalize.rules import become, emit, rule, sole
 from fuser.content import clamp, slice_bounds
 from fuser.dims import Dim
-from fuser.graph import Graph, Node
+from fuser.graph import Graph, Node, Value
 from fuser.shapes import axis_of, broadcast, infer_node
 
 
@@ -61,6 +61,19 @@ def _same_shape(graph: Graph, node: Node) -> bool:
     return value.shape == shape and become(graph, node, value)
 
 
+def _is_right_factor(value: Value) -> bool:
+    """Whether a value, perhaps scaled, is only ever the right operand of matrix products."""
+    return bool(value.uses) and all(
+        (node.is_a("MatMul") and index == 1)
+        or (
+            node.is_a("Mul")
+            and any(v is not None and v.scalar is not None for v in node.inputs)
+            and _is_right_factor(node.output)
+        )
+        for node, index in value.uses
+    )
+
+
 @rule("Transpose")
 def _transpose(graph: Graph, node: Node) -> bool:
     value = node.inputs[0]
@@ -70,7 +83,15 @@ def _transpose(graph: Graph, node: Node) -> bool:
     if order == tuple(range(len(order))):
         return become(graph, node, value)
     inner = value.producer
+    swap = (*range(len(order) - 2), len(order) - 1, len(order) - 2)
+    turned = len(order) > 2 and _is_right_factor(node.output)
+    if turned and order != swap and order[-2] == len(order) - 1:
+        # The keys of q k^T: rows arranged as the values are, then turned.
+        rows = emit(graph, node, "Transpose", [value], {"perm": (*order[:-2], order[-1], order[-2])})
+        return become(graph, node, emit(graph, node, "Transpose", [rows], {"perm": swap}))
     if inner is None or not inner.is_a("Transpose") or value.captured or inner.inputs[0] is None:
+        return False
+    if turned and order == swap and tuple(inner.attributes.get("perm", ())) != swap:
         return False
     first = tuple(inner.attributes.get("perm", range(len(order))[::-1]))
     node.attributes["perm"] = tuple(first[i] for i in order)
