@@ -143,7 +143,7 @@ class _Functions:
         self.bodies: dict[Any, onnx.FunctionProto] = {}
 
     def call(self, node: Node, operator: FusedOp) -> None:
-        floats = {name: value for name, value in node.attributes.items() if isinstance(value, float)}
+        floats = {name: value for name, value in node.attributes.items() if isinstance(value, float) and value}
         baked = {name: value for name, value in node.attributes.items() if name not in floats}
         present = tuple(value is not None for value in node.inputs)
         key = (operator.name, tuple(sorted(baked.items())), present, len(node.outputs))

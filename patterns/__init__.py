@@ -8,6 +8,7 @@ from fuser.patterns.gelu_tanh import gelu_tanh
 from fuser.patterns.layer_norm import layer_norm
 from fuser.patterns.packed_linear import packed_linear
 from fuser.patterns.rms_norm import rms_norm
+from fuser.patterns.rotary import rotary
 from fuser.patterns.silu import silu
 from fuser.patterns.skip_layer_norm import skip_layer_norm
 from fuser.patterns.skip_rms_norm import skip_rms_norm
@@ -24,6 +25,7 @@ ALL: tuple[FusedOp, ...] = (
     gelu_tanh,
     gated_mlp,
     packed_linear,
+    rotary,
     attention,
 )
 

@@ -79,7 +79,9 @@ def unmasked(q: Any, k: Any, v: Any) -> Any:
 def _declare(source: Source) -> None:
     @source.attributes
     def _(m: Match) -> dict[str, Any]:
-        scale = math.prod((m.scalar(name) for name in ("q_scale", "k_scale", "scale") if m.values.get(name) is not None), start=1.0)
+        scale = math.prod(
+            (m.scalar(name) for name in ("q_scale", "k_scale", "scale") if m.values.get(name) is not None), start=1.0
+        )
         softcap = 0.0
         if m.outer is not None:
             softcap = m.scalar("outer")

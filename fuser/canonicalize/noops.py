@@ -167,7 +167,9 @@ def _slice(graph: Graph, node: Node) -> bool:
         other = slice_bounds(user) if user.is_a("Slice") and user.inputs[0] is value else None
         if other is None or set(other) != {axis} or other[axis][2] != 1 or user.output.captured:
             continue
-        parts.setdefault((clamp(other[axis][0], value.shape[axis]), clamp(other[axis][1], value.shape[axis])), user)
+        start, end = (clamp(bound, value.shape[axis]) for bound in other[axis][:2])
+        if start != end:
+            parts.setdefault((start, end), user)
     order = _partition(list(parts), value.shape[axis])
     if order is None:
         return False
@@ -193,6 +195,35 @@ def _partition(spans: list[tuple[Dim, Dim]], size: Dim) -> list[tuple[Dim, Dim]]
     return (
         order if ends[-1] == size and all(start == end for (start, _), end in zip(order, ends, strict=False)) else None
     )
+
+
+@rule("Cos", "Sin", "Cast", "Mul", "Unsqueeze", "Neg")
+def _above_repetition(graph: Graph, node: Node) -> bool:
+    """What is done to a value concatenated with itself is done once, before."""
+    index = next((i for i, v in enumerate(node.inputs) if v is not None and v.constant is None), 0)
+    value = node.inputs[index]
+    repeat = value.producer if value is not None else None
+    if repeat is None or value is None or value.captured or not repeat.is_a("Concat") or len(repeat.inputs) < 2:
+        return False
+    part = repeat.inputs[0]
+    if part is None or any(v is not part for v in repeat.inputs) or repeat.attributes.get("axis") != -1:
+        return False
+    others = [v for i, v in enumerate(node.inputs) if i != index]
+    if any(v is None or v.scalar is None for v in others) or (
+        node.op == "Unsqueeze" and -1 in node.attributes.get("axes", (-1,))
+    ):
+        return False
+    if (
+        part.shape is None
+        or node.output.shape is None
+        or any(v is not None and len(v.shape or ()) > len(part.shape) for v in others)
+    ):
+        return False
+    if node.op == "Unsqueeze" and any(axis >= len(part.shape) for axis in node.attributes["axes"]):
+        return False
+    inputs = [part if i == index else v for i, v in enumerate(node.inputs)]
+    once = emit(graph, node, node.op, inputs, dict(node.attributes))
+    return become(graph, node, emit(graph, node, "Concat", [once] * len(repeat.inputs), {"axis": -1}))
 
 
 @rule("Concat", "Sum", "Max", "Min", "Mean")

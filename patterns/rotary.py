@@ -1,0 +1,91 @@
+"""Rotary position embedding: pairs of channels turned by an angle that grows with the position. arXiv:2104.09864.
+
+For half-split pairs (x1, x2): y = (x1 cos - x2 sin, x2 cos + x1 sin). The tables hold one angle a pair.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.dims import Shape
+from fuser.fused import fused_op
+from fuser.graph import Value
+from fuser.pattern import Match, applies, capture, keep, op, require
+
+
+@fused_op("x[B, H, S, Dh], cos[*C], sin[*C] -> y[B, H, S, Dh]")
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int) -> Tensor:
+    """The first `rotary_dim` = 2R channels of x [B, H, S, Dh] turned, the others kept.
+
+    cos and sin broadcast to [B, H, S, R], or are [B, S, R].
+    """
+    cos, sin = (table.unsqueeze(1) if table.dim() == 3 else table for table in (cos, sin))
+    first, second, rest = x.split([rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _turned(x: Any, cos: Any, sin: Any) -> Any:
+    first, second = op.Split(x, axis=-1, outputs=2)
+    table_cos = keep(op.Concat(cos, cos, axis=-1))
+    table_sin = keep(op.Concat(sin, sin, axis=-1))
+    return x * table_cos + op.Concat(-second, first, axis=-1) * table_sin
+
+
+@rotary.source
+def whole(x: Any, cos: Any, sin: Any) -> Any:
+    return _turned(x, cos, sin)
+
+
+@whole.attributes
+def _(m: Match) -> dict[str, Any]:
+    require(m.x.shape is not None and isinstance(m.x.shape[-1], int), "rotary: the head dim must be known", m.x)
+    return {"rotary_dim": m.x.shape[-1]}
+
+
+@rotary.source
+def partial(x: Any, cos: Any, sin: Any) -> Any:
+    turning, rest = op.Split(x, axis=-1, outputs=2)
+    return op.Concat(_turned(turning, cos, sin), rest, axis=-1)
+
+
+@partial.attributes
+def _(m: Match) -> dict[str, Any]:
+    turning = next(node for node in m.region if node.is_a("Split") and node.inputs[0] is m.x)
+    return {"rotary_dim": turning.attributes["split"][0]}
+
+
+@rotary.source
+def standard(x: Any, cos: Any, sin: Any) -> Any:
+    return op.RotaryEmbedding(x, cos, sin, interleaved=0, rotary_embedding_dim=capture("rotary_dim"))
+
+
+@standard.attributes
+def _(m: Match) -> dict[str, Any]:
+    applies(m.x.rank == 4 and isinstance(m.x.shape[-1], int))
+    return {"rotary_dim": m.attributes["rotary_dim"] or m.x.shape[-1]}
+
+
+def _is_table(value: Value) -> bool:
+    """One row for each position of each sequence, the same for all heads: [B, S, R] or [B, 1, S, R]."""
+    shape: Shape | None = value.shape
+    return shape is not None and (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
+
+
+@rotary.lower("ort", opset=23)
+def _(op: Any, x: Any, cos: Any, sin: Any, *, rotary_dim: int) -> Any:
+    batch = x.shape[0]
+    if op.opset < 23 or not (_is_table(cos) and _is_table(sin)) or {cos.shape[0], sin.shape[0]} != {batch}:
+        return rotary.lowerings["functions"](op, x, cos, sin, rotary_dim=rotary_dim)
+    tables = (table if len(table.shape) == 3 else op.Squeeze(table, axes=(1,)) for table in (cos, sin))
+    return op.RotaryEmbedding(x, *tables, rotary_embedding_dim=rotary_dim if rotary_dim != x.shape[-1] else 0)
+
+
+@rotary.lower("functions")
+def _(op: Any, x: Any, cos: Any, sin: Any, *, rotary_dim: int) -> Any:
+    cos, sin = (table if len(table.shape) == 4 else op.Unsqueeze(table, axes=(1,)) for table in (cos, sin))
+    half, rest = rotary_dim // 2, x.shape[-1] - rotary_dim
+    sizes = (half, half, rest) if rest else (half, half)
+    first, second, *kept = op.Split(x, axis=-1, split=sizes, outputs=len(sizes))
+    turned = op.Sub(op.Mul(first, cos), op.Mul(second, sin)), op.Add(op.Mul(second, cos), op.Mul(first, sin))
+    return op.Concat(*turned, *kept, axis=-1)
