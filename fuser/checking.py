@@ -24,8 +24,14 @@ from fuser.evaluation import evaluate, to_tensor
 from fuser.fused import FusedOp
 from fuser.graph import Node, Value
 
-# (sizes the symbols take, scale of the inputs). Small inputs make an epsilon matter, large ones show a clamp.
-INSTANCES: tuple[tuple[tuple[int, ...], float], ...] = (((2, 5, 3, 7), 1.0), ((1, 3, 6, 2), 1e-3), ((3, 1, 4, 5), 12.0))
+# (sizes the symbols take, scale of the inputs). Small inputs make an epsilon matter (of 1e-5, of 1e-12), large ones show
+# a clamp.
+INSTANCES: tuple[tuple[tuple[int, ...], float], ...] = (
+    ((2, 5, 3, 7), 1.0),
+    ((1, 3, 6, 2), 1e-3),
+    ((3, 1, 4, 5), 12.0),
+    ((2, 4, 5, 3), 1e-6),
+)
 SHRINK_ABOVE = 160
 PRIMES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
 # How far constants stored in a dtype (sqrt(2/pi), 0.044715) may be from what they stand for.

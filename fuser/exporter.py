@@ -256,7 +256,8 @@ def _declared(graph: Graph, value: Value, name: str) -> onnx.ValueInfoProto:
     if name in graph.interface:
         info.CopyFrom(graph.interface[name])
     elif value.dtype is not None:
-        info.CopyFrom(onnx.helper.make_tensor_value_info(name, value.dtype.onnx, None))
+        shape = None if value.shape is None else [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+        info.CopyFrom(onnx.helper.make_tensor_value_info(name, value.dtype.onnx, shape))
     info.name = name
     if info.type.HasField("tensor_type") and value.shape is not None:
         declared = info.type.tensor_type.shape.dim

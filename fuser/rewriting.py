@@ -153,14 +153,15 @@ def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) ->
         if anchor not in closest or failure.closeness > closest[anchor][1].closeness:
             closest[anchor] = (operator, failure)
     ranked = sorted(closest.items(), key=lambda item: (item[1][1].rank, -len(item[1][1].nodes)))
-    misses: dict[tuple[str, str, int], Miss] = {}
+    misses: dict[tuple[str, str, int, int, str], Miss] = {}
     explained: list[frozenset[Node]] = []
     for anchor, (operator, failure) in ranked:
         if any(failure.nodes <= nodes for nodes in explained):
             continue  # part of a place that is reported already: the norm inside a LayerNorm
         explained.append(failure.nodes)
         place = failure.place if failure.place is not None else anchor
-        key = (operator.name, failure.line, failure.matched)
+        reason = failure.expected if failure.rank == CHECK else ""  # other reasons name the values of one place
+        key = (operator.name, failure.line, failure.rank, failure.matched, reason)
         if key in misses:
             misses[key].count += 1
             continue

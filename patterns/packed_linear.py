@@ -168,5 +168,7 @@ def _(op: Any, x: Any, weight: Any, bias: Any, *, sizes: Sequence[int], role: st
 
 packed_linear.examples(
     {"B": (2, 3), "D": 20, "N": 36, "sizes": (20, 8, 8), "role": "qkv"},
+    {"B": (1, 4), "D": 20, "N": 36, "sizes": (20, 8, 8), "role": "qkv", "without": ("bias",)},
+    {"B": (7,), "D": 12, "N": 66, "sizes": (33, 33), "role": "gate_up"},
     {"B": (7,), "D": 12, "N": 66, "sizes": (33, 33), "role": "gate_up", "without": ("bias",)},
 )

@@ -55,4 +55,8 @@ def _(op: Any, x: Any, skip: Any, weight: Any, *, eps: Any) -> Any:
     return rms_norm.lowerings["functions"](op, total, weight, eps=eps), total
 
 
-skip_rms_norm.examples({"B": (2, 3), "D": 20, "eps": 1e-5}, {"B": (7,), "D": 33, "eps": 1e-6})
+skip_rms_norm.examples(
+    {"B": (2, 3), "D": 20, "eps": 1e-5},
+    {"B": (7,), "D": 33, "eps": 1e-6},
+    {"B": (1, 5), "D": 64, "eps": 1e-2, "without": ("weight",)},
+)

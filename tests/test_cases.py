@@ -73,9 +73,10 @@ def _same_results(model: onnx.ModelProto, graph: Graph) -> None:
                 np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize(
-    "fusion", sorted({op.name for op in patterns.ALL} - {"packed_linear"} | {"qkv_linear", "gate_up_linear"})
-)
+KINDS = {op.name for op in patterns.ALL} - {"packed_linear"} | {"qkv_linear", "gate_up_linear"}
+
+
+@pytest.mark.parametrize("fusion", sorted(KINDS))
 def test_every_fusion_has_both_kinds(fusion: str) -> None:
     cases = [path.stem for path in CASES if path.parent.name == fusion]
     assert any(name.startswith("not_") for name in cases)

@@ -2,8 +2,9 @@
 
 from fuser import dims
 from fuser.canonicalize.rules import become, emit, rule, sole
-from fuser.content import clamp, slice_bounds
+from fuser.content import clamp, content, slice_bounds
 from fuser.dims import Dim
+from fuser.dtypes import DType
 from fuser.graph import Graph, Node, Value
 from fuser.shapes import axis_of, broadcast, infer_node
 
@@ -46,6 +47,17 @@ def _cast(graph: Graph, node: Node) -> bool:
             graph.set_input(node, 0, source)
             return True
     return False
+
+
+@rule("CastLike")
+def _cast_like(graph: Graph, node: Node) -> bool:
+    """A known type needs no example."""
+    value, dtype = node.inputs[0], node.output.dtype
+    if value is None or dtype in (None, DType.OTHER):
+        return False
+    assert dtype is not None
+    saturate = {name: flag for name, flag in node.attributes.items() if name == "saturate"}
+    return become(graph, node, emit(graph, node, "Cast", [value], {"to": dtype.onnx, **saturate}))
 
 
 @rule("Reshape", "Expand", "Flatten", "Squeeze", "Unsqueeze", "Tile")
@@ -159,7 +171,7 @@ def _slice(graph: Graph, node: Node) -> bool:
         return False
     if all(span == (0, value.shape[axis]) for axis, span in taken.items()):
         return become(graph, node, value)
-    if len(taken) != 1:
+    if len(taken) != 1 or content(value) is not None:  # parts of a shape become the dims they hold
         return False
     ((axis, _),) = taken.items()
     parts: dict[tuple[Dim, Dim], Node] = {}

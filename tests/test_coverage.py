@@ -1,0 +1,196 @@
+"""Every architecture of the zoo from every exporter: what is fused, and is the result the model it was?
+
+docs/coverage.md is the table of what these tests measure; `pytest tests/test_coverage.py --update-golden` writes it.
+"""
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fuser
+from fuser.api import FusedModel
+from fuser.evaluation import evaluate, to_tensor
+from fuser.importer import load
+from tests import zoo
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "coverage.md"
+TARGETS = ("ort", "functions")
+TOLERANCE = 2e-5  # relative, norm-wise, float32
+FLOAT16_RATIO = 1.5  # of the error that the unfused model makes, every node of it rounding to float16
+# On the CPU ONNX Runtime computes what it has no float16 kernel for in float32, and does not round between two such nodes:
+# the unfused model then hardly rounds its residual stream, where a skip node, which has a kernel, does.
+FLOAT16_RATIO_CPU = 2.5
+LAYERS = 2
+
+LLAMA = {
+    "rms_norm": 1,
+    "skip_rms_norm": 2 * LAYERS,
+    "qkv_linear": LAYERS,
+    "gate_up_linear": LAYERS,
+    "gated_mlp": LAYERS,
+}
+EXPECTED: dict[str, dict[str, int]] = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "mistral": LLAMA,
+    "phi3": LLAMA,
+    "qwen3": LLAMA | {"rms_norm": 1 + 2 * LAYERS},  # those of queries and keys
+    "gemma2": LLAMA | {"rms_norm": 1 + 2 * LAYERS},  # those after attention and MLP
+    "gpt2": {"skip_layer_norm": 1 + 2 * LAYERS, "qkv_linear": LAYERS, "gelu_tanh": LAYERS},
+    "bert": {"layer_norm": 1, "skip_layer_norm": 2 * LAYERS, "qkv_linear": LAYERS, "gelu": LAYERS},
+}
+
+DEMANDED = ("llama", "qwen2", "gpt2")
+# A dynamo export takes some ten seconds when it is not cached: those of the other architectures are marked slow.
+EXPORTS = [
+    pytest.param(a, e, marks=() if a in DEMANDED or not e.startswith("dynamo") else pytest.mark.slow)
+    for a, e in zoo.EXPORTS
+]
+
+
+@cache
+def _fused(path: Path, target: str) -> FusedModel:
+    return fuser.fuse(path, target=target)
+
+
+def _saved(path: Path, target: str, folder: Path) -> Path:
+    saved = folder / f"{path.stem}-{target}.onnx"
+    _fused(path, target).save(saved)
+    return saved
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("architecture", "exporter"), EXPORTS)
+def test_fuses(architecture: str, exporter: str, target: str, tmp_path: Path) -> None:
+    path = zoo.exported(architecture, exporter)
+    report = _fused(path, target).report
+    assert report.fused == EXPECTED[architecture]
+    assert report.misses == []
+    saved = _saved(path, target, tmp_path)
+    worst = 0.0
+    for name, feeds in zoo.cases(path).items():
+        error = zoo.relative_error(zoo.run(saved, feeds), zoo.run(path, feeds, optimize=False))
+        assert error <= TOLERANCE, f"{name}: {error:.1e}"
+        worst = max(worst, error)
+    counts = ", ".join(f"{kind} {count}" for kind, count in sorted(report.fused.items()))
+    print(f"\n{architecture} {exporter} {target}: {report.nodes_before} -> {report.nodes_after}, {worst:.1e}: {counts}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("architecture", "exporter"), EXPORTS)
+def test_fusing_again_finds_the_same(architecture: str, exporter: str, target: str, tmp_path: Path) -> None:
+    path = zoo.exported(architecture, exporter)
+    once = _saved(path, target, tmp_path)
+    again = fuser.fuse(once, target=target)
+    assert again.report.fused == EXPECTED[architecture]
+    assert again.report.misses == []
+    twice = tmp_path / "twice.onnx"
+    again.save(twice)
+    feeds = zoo.cases(path)["padded"]
+    assert zoo.relative_error(zoo.run(twice, feeds), zoo.run(path, feeds, optimize=False)) <= TOLERANCE
+
+
+@torch.no_grad()
+def _evaluated(path: Path, feeds: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The outputs of a file evaluated node by node, in the file's own types or with `dtype` for all floating ones."""
+
+    def wide(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    graph = load(path)
+    values: dict[int, torch.Tensor | None] = {id(v): wide(to_tensor(feeds[v.name])) for v in graph.inputs}
+    for value in graph.constants():
+        assert value.constant is not None
+        values[id(value)] = wide(to_tensor(value.constant.numpy()))
+    for node in graph.nodes:
+        inputs = [None if v is None else values[id(v)] for v in node.inputs]
+        results = evaluate(node, inputs, {}, opset=graph.opset, float_dtype=dtype)
+        values.update((id(v), result) for v, result in zip(node.outputs, results, strict=True))
+    found = {name: values[id(v)] for name, v in zip(graph.output_names, graph.outputs, strict=True)}
+    return {name: tensor.numpy() for name, tensor in found.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("architecture", DEMANDED)
+def test_float16_is_as_precise_as_before(architecture: str, exporter: str, tmp_path: Path) -> None:
+    path = zoo.exported(architecture, exporter, dtype="float16")
+    assert _fused(path, "ort").report.fused == EXPECTED[architecture]
+    for name, feeds in zoo.cases(path).items():
+        exact = _evaluated(path, feeds, torch.float64)
+        before = zoo.relative_error(_evaluated(path, feeds, None), exact)
+        on_cpu = zoo.relative_error(zoo.run(path, feeds, optimize=False), exact)
+        assert max(before, on_cpu) < 5e-3, "the float64 evaluation is of another model"
+        for target in TARGETS:
+            after = zoo.relative_error(zoo.run(_saved(path, target, tmp_path), feeds), exact)
+            ratios = f"{after / before:.2f} of {before:.1e}, on the CPU {after / on_cpu:.2f} of {on_cpu:.1e}"
+            print(f"\n{architecture} {exporter} float16 {target} {name}: {ratios}")
+            assert after <= FLOAT16_RATIO * before, f"{name}, {target}: {ratios}"
+            assert after <= FLOAT16_RATIO_CPU * on_cpu, f"{name}, {target}: {ratios}"
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "onnxscript"))
+
+
+def _row(architecture: str, exporter: str) -> str:
+    path = zoo.exported(architecture, exporter)
+    ort, functions = (_fused(path, target).report for target in TARGETS)
+    fused = ", ".join(f"{count} {kind}" for kind, count in sorted(ort.fused.items()))
+    counts = f"{ort.nodes_before} | {ort.nodes_after} | {functions.nodes_after}"
+    return f"| {architecture} | {exporter} | {counts} | {fused} | < {TOLERANCE:.0e} |".replace("e-0", "e-")
+
+
+HEADER = f"""\
+# Coverage
+
+Tiny models ({LAYERS} layers, random weights) of each architecture, exported, fused and run in ONNX Runtime: the number of
+nodes before and after, what was fused, and the largest relative error (norm-wise) of any output in decode, prefill, chunked
+prefill and a left-padded batch. Every row has no near misses. `pytest tests/test_coverage.py --update-golden` writes this.
+
+Node counts: {{versions}}.
+
+| architecture | exporter | nodes | `ort` | `functions` | fused | error |
+|---|---|---:|---:|---:|---|---:|
+"""
+
+
+def _documented() -> dict[tuple[str, str], str]:
+    rows = {}
+    for line in DOCUMENT.read_text().splitlines() if DOCUMENT.exists() else []:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[0] in EXPECTED:
+            rows[cells[0], cells[1]] = line
+    return rows
+
+
+@pytest.mark.parametrize(("architecture", "exporter"), EXPORTS)
+def test_document(architecture: str, exporter: str, update_golden: bool) -> None:
+    measured, rows = _row(architecture, exporter), _documented()
+    if update_golden:
+        rows[architecture, exporter] = measured
+        text = "\n".join(rows[key] for key in zoo.EXPORTS if key in rows)
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        DOCUMENT.write_text(HEADER.format(versions=_versions()) + text + "\n")
+        return
+    documented = rows[architecture, exporter]
+    if f"Node counts: {_versions()}." not in DOCUMENT.read_text():  # other versions write other numbers of nodes
+        measured, documented = (re.sub(r"\| \d+ \| \d+ \| \d+ \|", "| |", row) for row in (measured, documented))
+    assert measured == documented
+
+
+def test_document_has_every_row_and_no_other() -> None:
+    assert list(_documented()) == zoo.EXPORTS
+
+
+def test_exact_evaluation_equals_torch() -> None:
+    path = zoo.exported("llama", "torchscript")
+    feeds = zoo.cases(path)["chunk"]
+    exact = {name: np.asarray(value) for name, value in _evaluated(path, feeds, torch.float64).items()}
+    assert zoo.relative_error(zoo.reference("llama", feeds), exact) < 2e-6

@@ -1,0 +1,126 @@
+"""Generated from the declarations of every fused operator: what its lowerings compute, and that its sources are found."""
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fuser import dims, patterns
+from fuser.canonicalize import canonicalize
+from fuser.constants import Array
+from fuser.dtypes import DType
+from fuser.evaluation import to_tensor
+from fuser.exporter import export
+from fuser.fused import FusedOp
+from fuser.graph import FUSER, Graph, Value
+from fuser.lowering import TARGETS
+from fuser.rewriting import rewrite
+from fuser.shapes import infer_node
+from tests import instances, text_graphs
+from tests.instances import Instance
+
+TOLERANCE = {DType.FLOAT32: 2e-6, DType.FLOAT16: 2e-3}  # relative, norm-wise, to the reference function in float64
+OPSETS = (17, 23)
+
+EXAMPLES = [
+    pytest.param(operator, example, id=f"{operator.name}-{number}")
+    for operator in patterns.ALL
+    for number, example in enumerate(operator.example_sets)
+]
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("operator", "example"), EXAMPLES)
+def test_lowering_equals_reference(
+    operator: FusedOp, example: dict[str, Any], dtype: DType, target: str, opset: int
+) -> None:
+    graph, feeds = Graph("one", opset), {}
+    values: list[Value] = []
+    tensors: list[torch.Tensor | None] = []
+    random = np.random.RandomState(0)
+    symbols = {dims.symbol(f"B{i}"): size for i, size in enumerate(example["B"])}
+    for argument in operator.signature.inputs:
+        if argument.name in example.get("without", ()):
+            tensors.append(None)  # what is left out is last
+            continue
+        shape = instances.shape_of(argument, example)
+        array = random.standard_normal(dims.concrete(shape, symbols)).astype(dtype.numpy)
+        if argument.dims[0].startswith("*"):
+            value = Value(graph.fresh_name(argument.name), dtype, shape)
+            graph.inputs.append(value)
+            feeds[value.name] = array
+        else:
+            value = graph.constant(Array.of(array, dtype), argument.name)
+        values.append(value)
+        tensors.append(to_tensor(array).double())
+    attributes = instances.attributes_of(example)
+    expected = operator.evaluate(tensors, attributes)
+    node = graph.add(operator.name, values, attributes, domain=FUSER, outputs=len(expected))
+    infer_node(graph, node)
+    graph.outputs, graph.output_names = node.outputs, [value.name for value in node.outputs]
+    for value in node.outputs:
+        value.is_output = True
+    model = export(graph, target, {}).model
+    if target == "functions":
+        onnx.checker.check_model(model)
+    for actual, reference in zip(text_graphs.run(model, feeds), expected, strict=True):
+        assert actual.dtype == dtype.numpy
+        assert text_graphs.relative_error(actual, reference.numpy()) <= TOLERANCE[dtype]
+
+
+@cache
+def _instances() -> list[Instance]:
+    return [instance for operator in patterns.ALL for instance in instances.instances(operator)]
+
+
+@pytest.mark.parametrize("instance", _instances(), ids=str)
+def test_source_is_fused(instance: Instance) -> None:
+    operator, feeds = instance.operator, instance.feeds()
+    expected = instance.reference(feeds)
+    unfused = _run(instance.graph.clone(), "functions", feeds)
+
+    graph = instance.graph.clone()
+    canonicalize(graph)
+    outcome = rewrite(graph, patterns.ALL)
+    graph.validate()
+    fused = [node for node in graph.nodes if node.domain == FUSER and node.op not in ("Rsqrt", "gated_mlp")]
+    assert [node.op for node in fused] == [operator.name] or operator.name == "gated_mlp", str(graph)
+    (node,) = (node for node in graph.nodes if node.is_a(operator.name, FUSER))
+    for name, value in instances.attributes_of(instance.example).items():
+        found = node.attributes[name]
+        digits = 1e-6 if instance.dtype is DType.FLOAT32 else 2e-2  # an epsilon may be stored in float16
+        assert found == value or (isinstance(value, float) and math.isclose(found, value, rel_tol=digits)), name
+    assert outcome.misses == []
+
+    tolerance = TOLERANCE[instance.dtype]
+    for target in TARGETS:
+        for actual, before, reference in zip(_run(graph, target, feeds), unfused, expected, strict=False):
+            assert actual.dtype == before.dtype
+            assert text_graphs.relative_error(actual, reference) <= tolerance
+            assert text_graphs.relative_error(before, reference) <= tolerance, "the instance is not the operator"
+
+
+def _run(graph: Graph, target: str, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    return text_graphs.run(export(graph, target, {}).model, feeds)
+
+
+def test_every_alternative_is_built() -> None:
+    for operator in patterns.ALL:
+        taken = set().union(*(i.taken for i in _instances() if i.operator is operator))
+        for source in operator.sources:
+            assert any(i.source is source for i in _instances()), f"{operator.name}: {source.function.__name__}"
+            missing = instances.alternatives(source) - taken
+            assert not missing, f"{operator.name}: {source.function.__name__}, {len(missing)} alternatives"
+
+
+def test_every_operator_has_a_lowering_for_every_target() -> None:
+    for operator in patterns.ALL:
+        assert set(operator.lowerings) >= set(TARGETS)
+        assert operator.example_sets and operator.sources
