@@ -189,7 +189,10 @@ class _Trial:
         if dtype.is_float:
             array = self.random.standard_normal(shape, np.float32) * np.float32(scale)
             return array.astype(ml_dtypes.bfloat16 if dtype is DType.BFLOAT16 else dtype.numpy)
-        return self.random.integers(0, 2, shape).astype(dtype.numpy)
+        array = self.random.integers(0, 2, shape).astype(dtype.numpy)
+        if dtype is DType.BOOL and array.ndim:
+            array[(0,) * (array.ndim - 1)] = False  # a row of a mask that allows nothing is a case of its own
+        return array
 
     def _values(self, nodes: Sequence[Node], dtype: torch.dtype | None) -> dict[int, torch.Tensor | None]:
         """The drawn inputs and what some nodes make of them."""

@@ -140,28 +140,26 @@ class _Functions:
 
     def __init__(self, opset: int) -> None:
         self.opset = max(opset, 15)  # CastLike
-        self.bodies: dict[Any, onnx.FunctionProto] = {}
+        self.bodies: dict[tuple[str, bytes], onnx.FunctionProto] = {}
 
     def call(self, node: Node, operator: FusedOp) -> None:
         floats = {name: value for name, value in node.attributes.items() if isinstance(value, float) and value}
         baked = {name: value for name, value in node.attributes.items() if name not in floats}
-        present = tuple(value is not None for value in node.inputs)
-        key = (operator.name, tuple(sorted(baked.items())), present, len(node.outputs))
+        stem = operator.kind_of(node)
+        body = self._body(node, operator, floats, baked)
+        # What the inputs' shapes and types change in a body is seen in the body.
+        key = (stem, body.SerializeToString(deterministic=True))
         if key not in self.bodies:
-            taken = {body.name for body in self.bodies.values()}
-            stem = name = operator.kind_of(node)
-            number = 1
-            while name in taken:
-                number += 1
-                name = f"{stem}_{number}"
-            self.bodies[key] = self._body(name, node, operator, floats, baked)
+            number = 1 + sum(kind == stem for kind, _ in self.bodies)
+            body.name = stem if number == 1 else f"{stem}_{number}"
+            self.bodies[key] = body
         node.op = self.bodies[key].name
         node.attributes = floats
 
     def _body(
-        self, name: str, node: Node, operator: FusedOp, floats: dict[str, float], baked: dict[str, Any]
+        self, node: Node, operator: FusedOp, floats: dict[str, float], baked: dict[str, Any]
     ) -> onnx.FunctionProto:
-        body = Graph(name, self.opset)
+        body = Graph(operator.name, self.opset)
         arguments = operator.signature.inputs
         inputs: list[Value | None] = []
         for i, argument in enumerate(arguments):

@@ -25,16 +25,18 @@ def attention(
 ) -> Tensor:
     """q [B, H, S, Dh], k [B, G, T, Dh], v [B, G, T, Dv]; each key head serves H / G query heads; softmax in float32.
 
-    `mask` broadcasts to [B, H, S, T]: bool (True: attend), or float, added to the scores after `softcap` (0: none).
-    `guarded`: a row with nothing to attend gives zeros, where softmax alone gives NaN.
+    `mask` broadcasts to [B, H, S, T]: bool (True: attend), or float, added in its own type after `softcap` (0: none).
+    A row whose scores are all minus infinity gives zeros if `guarded`, else nothing defined (here NaN).
     """
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     keys, values = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q.to(wide) @ keys.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = (scores.to(mask.dtype) + mask).to(wide)
     weights = scores.softmax(-1)
     return ((weights.nan_to_num(0.0) if guarded else weights) @ values).to(q.dtype)
 
@@ -76,20 +78,26 @@ def unmasked(q: Any, k: Any, v: Any) -> Any:
     return _weighted(_scores(q, k), v)
 
 
+def _require_heads(m: Match) -> None:
+    """Shapes that lowerings write down: [B, H, S, Dh] with H, Dh known."""
+    for name in ("q", "k", "v"):
+        value = m.values[name]
+        shape = None if value is None else value.shape
+        known = shape is not None and len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
+        require(known, f"attention: {name} must be [B, heads, tokens, width] of known heads and width", value)
+
+
 def _declare(source: Source) -> None:
     @source.attributes
     def _(m: Match) -> dict[str, Any]:
-        scale = math.prod(
-            (m.scalar(name) for name in ("q_scale", "k_scale", "scale") if m.values.get(name) is not None), start=1.0
-        )
-        softcap = 0.0
-        if m.outer is not None:
-            softcap = m.scalar("outer")
-            require(
-                abs(softcap * m.scalar("inner") - 1) < 1e-5,
-                "attention: softcap must divide before tanh and multiply after",
-            )
-        return {"scale": scale, "softcap": softcap, "guarded": any(node.is_a("IsNaN") for node in m.region)}
+        _require_heads(m)
+        scales = [m.scalar(name) for name in ("q_scale", "k_scale", "scale") if name in m.values]
+        softcap = m.scalar("outer") if "outer" in m.values else 0.0
+        if softcap:
+            capped = abs(softcap * m.scalar("inner") - 1) < 1e-5
+            require(capped, "attention: softcap must divide before tanh and multiply after", m.inner)
+        guarded = any(node.is_a("IsNaN") for node in m.region)
+        return {"scale": math.prod(scales, start=1.0), "softcap": softcap, "guarded": guarded}
 
     @source.inputs
     def _(m: Match) -> Inputs:
@@ -98,7 +106,7 @@ def _declare(source: Source) -> None:
         infinite = math.isinf(m.scalar("lowest"))
         if m.kept and not infinite:
             (chosen,) = m.kept
-            return {"mask": chosen.output}  # a large finite number still orders rows that may attend to nothing
+            return {"mask": chosen.output}  # a row that may attend to nothing then attends to everything
         require(infinite, "attention: masked scores must be minus infinity", m.lowest)
         return {"mask": m.allowed}
 
@@ -117,21 +125,37 @@ def standard(q: Any, k: Any, v: Any, mask: Any) -> Any:
 @standard.attributes
 def _(m: Match) -> dict[str, Any]:
     applies(m.q.rank == 4)
+    # To the lowest number in a mask ONNX gives no meaning of its own, and ONNX Runtime that of minus infinity.
+    applies(m.mask is None or m.mask.dtype is DType.BOOL)
+    _require_heads(m)
     scale = m.attributes["scale"]
-    if scale is None:
-        require(m.q.shape is not None and isinstance(m.q.shape[-1], int), "attention: the head dim must be known", m.q)
-        scale = 1 / math.sqrt(m.q.shape[-1])
-    return {"scale": scale, "softcap": m.attributes["softcap"] or 0.0, "guarded": True}
+    return {
+        "scale": 1 / math.sqrt(m.q.shape[-1]) if scale is None else scale,
+        "softcap": m.attributes["softcap"] or 0.0,
+        "guarded": True,
+    }
 
 
 @attention.lower("ort", opset=23)
 def _(op: Any, q: Any, k: Any, v: Any, mask: Any, *, scale: float, softcap: float, guarded: bool) -> Any:
-    if op.opset < 23:
+    # Not all versions of ONNX Runtime mask after the soft-cap.
+    if op.opset < 23 or (softcap and mask is not None):
         return attention.lowerings["functions"](op, q, k, v, mask, scale=scale, softcap=softcap, guarded=guarded)
-    if mask is not None and mask.dtype is not DType.BOOL and not guarded:
-        # The operator gives zeros for rows masked by the type's lowest number, where softmax gives their mean.
-        mask = op.Max(mask, op.constant(-1e4 if mask.dtype is DType.FLOAT16 else -1e30, mask.dtype))
-    return op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
+    given = mask
+    if mask is not None and mask.dtype is not DType.BOOL:
+        # Some versions of ONNX Runtime take the type's lowest number for minus infinity.
+        mask = op.Max(mask, op.constant(-6e4 if mask.dtype is DType.FLOAT16 else -1e30, mask.dtype))
+    if mask is not None and mask.shape[-2:] != (q.shape[2], k.shape[2]):  # of the last two dims it broadcasts neither
+        mask = op.Expand(mask, shape=(*mask.shape[:-2], q.shape[2], k.shape[2]))
+    y = op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
+    return y if given is None or not guarded else op.Where(_attends(op, given), y, op.constant(0.0, q.dtype))
+
+
+def _attends(op: Any, mask: Any) -> Any:
+    """Which rows may attend to something; of others versions of ONNX Runtime make zeros, the mean or no number."""
+    if mask.dtype is DType.BOOL:
+        return op.Cast(op.ReduceMax(op.Cast(mask, to=op.FLOAT), axes=(-1,), keepdims=1), to=DType.BOOL.onnx)
+    return op.Not(op.IsInf(op.ReduceMax(mask, axes=(-1,), keepdims=1)))
 
 
 @attention.lower("functions")
@@ -158,18 +182,18 @@ def _(op: Any, q: Value, k: Value, v: Value, mask: Any, *, scale: Any, softcap: 
     return shaped(result, 0, heads, -1, width)
 
 
+_SIZES = {"B": 2, "S": 3, "T": 7, "Dh": 16, "Dv": 12}
+_GROUPED, _SINGLE = {**_SIZES, "H": 4, "G": 2}, {**_SIZES, "H": 3, "G": 3}
+_FULL, _KEYS = ("B", 1, "S", "T"), ("B", 1, 1, "T")
 attention.examples(
-    {
-        "B": 2,
-        "H": 4,
-        "G": 2,
-        "S": 3,
-        "T": 7,
-        "Dh": 16,
-        "Dv": 16,
-        "scale": 0.25,
-        "softcap": 0.0,
-        "guarded": True,
-        "without": ("mask",),
-    },
+    {**_GROUPED, "scale": 0.25, "softcap": 0.0, "guarded": True, "without": ("mask",)},
+    {**_SINGLE, "scale": 1.0, "softcap": 0.0, "guarded": False, "without": ("mask",)},
+    {**_SINGLE, "scale": 0.25, "softcap": 5.0, "guarded": False, "without": ("mask",)},
+    {**_GROUPED, "M": _FULL, "kinds": {"mask": "bool"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_SINGLE, "M": _KEYS, "kinds": {"mask": "bool"}, "scale": 0.2, "softcap": 5.0, "guarded": False},
+    {**_SINGLE, "M": _KEYS, "kinds": {"mask": "bool"}, "scale": 0.3, "softcap": 5.0, "guarded": True},
+    {**_GROUPED, "M": _FULL, "kinds": {"mask": "lowest"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_GROUPED, "M": _KEYS, "kinds": {"mask": "lowest"}, "scale": 0.25, "softcap": 5.0, "guarded": False},
+    {**_GROUPED, "M": ("S", "T"), "kinds": {"mask": "infinite"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_SINGLE, "M": (3, "S", "T"), "scale": 1.0, "softcap": 5.0, "guarded": False},
 )

@@ -40,7 +40,7 @@ def _(node: Node) -> str:
 
 
 CONTRACTIONS = {
-    ("fuser", "attention"),
+    (FUSER, "attention"),
     ("", "Attention"),
     ("", "Einsum"),
     (MICROSOFT, "MultiHeadAttention"),

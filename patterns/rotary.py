@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fuser.dims import Shape
+from fuser.dtypes import DType
 from fuser.fused import fused_op
 from fuser.graph import Value
 from fuser.pattern import Match, applies, capture, keep, op, require
@@ -21,7 +22,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int) -> Tensor:
     cos and sin broadcast to [B, H, S, R], or are [B, S, R].
     """
     cos, sin = (table.unsqueeze(1) if table.dim() == 3 else table for table in (cos, sin))
-    first, second, rest = x.split([rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
+    first, second, rest = torch.split(x, [rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
@@ -66,26 +67,40 @@ def _(m: Match) -> dict[str, Any]:
     return {"rotary_dim": m.attributes["rotary_dim"] or m.x.shape[-1]}
 
 
-def _is_table(value: Value) -> bool:
-    """One row for each position of each sequence, the same for all heads: [B, S, R] or [B, 1, S, R]."""
-    shape: Shape | None = value.shape
-    return shape is not None and (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1))
+def _rows(table: Value) -> Shape | None:
+    """[B, S, R] of a table that has a row for each position of each sequence, the same for all heads."""
+    shape: Shape | None = table.shape
+    return (shape[0], *shape[2:]) if shape is not None and len(shape) == 4 and shape[1] == 1 else shape
 
 
 @rotary.lower("ort", opset=23)
 def _(op: Any, x: Any, cos: Any, sin: Any, *, rotary_dim: int) -> Any:
-    batch = x.shape[0]
-    if op.opset < 23 or not (_is_table(cos) and _is_table(sin)) or {cos.shape[0], sin.shape[0]} != {batch}:
+    batch, heads, length, width = x.shape
+    fitting = {_rows(cos), _rows(sin)} == {(batch, length, rotary_dim // 2)}
+    if op.opset < 23 or not fitting or not isinstance(heads, int) or x.dtype is DType.FLOAT64:
         return rotary.lowerings["functions"](op, x, cos, sin, rotary_dim=rotary_dim)
     tables = (table if len(table.shape) == 3 else op.Squeeze(table, axes=(1,)) for table in (cos, sin))
-    return op.RotaryEmbedding(x, *tables, rotary_embedding_dim=rotary_dim if rotary_dim != x.shape[-1] else 0)
+    # Some versions of ONNX Runtime want the number of heads where not every channel turns.
+    part = {} if rotary_dim == width else {"rotary_embedding_dim": rotary_dim, "num_heads": heads}
+    return op.RotaryEmbedding(x, *tables, **part)
 
 
 @rotary.lower("functions")
 def _(op: Any, x: Any, cos: Any, sin: Any, *, rotary_dim: int) -> Any:
-    cos, sin = (table if len(table.shape) == 4 else op.Unsqueeze(table, axes=(1,)) for table in (cos, sin))
+    cos, sin = (op.Unsqueeze(table, axes=(1,)) if len(table.shape) == 3 else table for table in (cos, sin))
     half, rest = rotary_dim // 2, x.shape[-1] - rotary_dim
     sizes = (half, half, rest) if rest else (half, half)
     first, second, *kept = op.Split(x, axis=-1, split=sizes, outputs=len(sizes))
     turned = op.Sub(op.Mul(first, cos), op.Mul(second, sin)), op.Add(op.Mul(second, cos), op.Mul(first, sin))
     return op.Concat(*turned, *kept, axis=-1)
+
+
+_SIZES = {"B": 2, "H": 4, "S": 3, "Dh": 16}
+rotary.examples(
+    {**_SIZES, "C": ("B", 1, "S", 8), "rotary_dim": 16},
+    {**_SIZES, "C": ("B", "S", 8), "rotary_dim": 16},
+    {**_SIZES, "C": (1, 1, "S", 8), "rotary_dim": 16},
+    {**_SIZES, "C": ("S", 8), "rotary_dim": 16},
+    {**_SIZES, "C": ("B", 1, "S", 6), "rotary_dim": 12},
+    {**_SIZES, "C": ("B", "S", 6), "rotary_dim": 12},
+)

@@ -35,6 +35,8 @@ LLAMA = {
     "qkv_linear": LAYERS,
     "gate_up_linear": LAYERS,
     "gated_mlp": LAYERS,
+    "rotary": 2 * LAYERS,
+    "attention": LAYERS,
 }
 EXPECTED: dict[str, dict[str, int]] = {
     "llama": LLAMA,
@@ -43,8 +45,8 @@ EXPECTED: dict[str, dict[str, int]] = {
     "phi3": LLAMA,
     "qwen3": LLAMA | {"rms_norm": 1 + 2 * LAYERS},  # those of queries and keys
     "gemma2": LLAMA | {"rms_norm": 1 + 2 * LAYERS},  # those after attention and MLP
-    "gpt2": {"skip_layer_norm": 1 + 2 * LAYERS, "qkv_linear": LAYERS, "gelu_tanh": LAYERS},
-    "bert": {"layer_norm": 1, "skip_layer_norm": 2 * LAYERS, "qkv_linear": LAYERS, "gelu": LAYERS},
+    "gpt2": {"skip_layer_norm": 1 + 2 * LAYERS, "qkv_linear": LAYERS, "attention": LAYERS, "gelu_tanh": LAYERS},
+    "bert": {"layer_norm": 1, "skip_layer_norm": 2 * LAYERS, "qkv_linear": LAYERS, "attention": LAYERS, "gelu": LAYERS},
 }
 
 DEMANDED = ("llama", "qwen2", "gpt2")
