@@ -46,9 +46,14 @@ def _repeated(x: Any) -> Any:
     return either(op.Reshape(op.Expand(op.Unsqueeze(x, axes=(2,)))), x)
 
 
+def _product(rows: Any, x: Any) -> Any:
+    """rows @ x; where x has fewer heads it is repeated, or the rows of the heads it serves are taken as one head's."""
+    return either(rows @ _repeated(x), op.Reshape(op.Reshape(rows) @ x))
+
+
 def _weighted(scores: Any, v: Any) -> Any:
     weights = maybe(op.Cast(op.Softmax(maybe(op.Cast(scores)), axis=-1)))
-    return either(op.Where(op.IsNaN(weights), 0, weights), weights) @ _repeated(v)
+    return _product(either(op.Where(op.IsNaN(weights), 0, weights), weights), v)
 
 
 def _scores(q: Any, k: Any) -> Any:
@@ -56,7 +61,8 @@ def _scores(q: Any, k: Any) -> Any:
     turned = op.Transpose(_repeated(k), perm=(0, 1, 3, 2))
     k_scale, scale = number("k_scale"), number("scale")
     keys = either(turned * k_scale, op.Transpose(_repeated(k) * k_scale, perm=(0, 1, 3, 2)), turned)
-    raw = either(q * number("q_scale"), q) @ keys
+    queries = either(q * number("q_scale"), q)
+    raw = either(queries @ keys, op.Reshape(op.Reshape(queries) @ keys))
     scaled = either(raw * scale, raw)
     return either(op.Tanh(scaled * number("inner")) * number("outer"), scaled)
 
@@ -117,23 +123,37 @@ for _source in (additive, filled, unmasked):
 
 @attention.source
 def standard(q: Any, k: Any, v: Any, mask: Any) -> Any:
-    return op.Attention(
-        q, _repeated(k), _repeated(v), optional(mask), is_causal=0, scale=capture("scale"), softcap=capture("softcap")
+    """The operator alone, or with what the lowering below puts around it."""
+    bounded = either(keep(op.Max(mask, number("least"))), mask)
+    given = optional(either(keep(op.Expand(bounded)), bounded))
+    y = op.Attention(
+        q, _repeated(k), _repeated(v), given, is_causal=0, scale=capture("scale"), softcap=capture("softcap")
     )
+    flags = keep(op.Cast(mask, to=DType.FLOAT32.onnx))
+    attends = either(
+        keep(op.Cast(keep(op.ReduceMax(flags, axes=(-1,), keepdims=1)), to=DType.BOOL.onnx)),
+        keep(op.Not(keep(op.IsInf(keep(op.ReduceMax(mask, axes=(-1,), keepdims=1)))))),
+    )
+    return either(op.Where(attends, y, 0), y)
 
 
 @standard.attributes
 def _(m: Match) -> dict[str, Any]:
     applies(m.q.rank == 4)
+    is_float = m.mask is not None and m.mask.dtype is not DType.BOOL
     # To the lowest number in a mask ONNX gives no meaning of its own, and ONNX Runtime that of minus infinity.
-    applies(m.mask is None or m.mask.dtype is DType.BOOL)
+    applies(not is_float or (m.least is not None and m.scalar("least") <= LEAST[m.mask.dtype]))
     _require_heads(m)
     scale = m.attributes["scale"]
     return {
         "scale": 1 / math.sqrt(m.q.shape[-1]) if scale is None else scale,
         "softcap": m.attributes["softcap"] or 0.0,
-        "guarded": True,
+        "guarded": not is_float or any(node.is_a("Where") for node in m.region),
     }
+
+
+# Above the type's lowest number, which some versions of ONNX Runtime take for minus infinity.
+LEAST = {DType.FLOAT16: -6e4, DType.BFLOAT16: -1e30, DType.FLOAT32: -1e30, DType.FLOAT64: -1e30}
 
 
 @attention.lower("ort", opset=23)
@@ -143,8 +163,7 @@ def _(op: Any, q: Any, k: Any, v: Any, mask: Any, *, scale: float, softcap: floa
         return attention.lowerings["functions"](op, q, k, v, mask, scale=scale, softcap=softcap, guarded=guarded)
     given = mask
     if mask is not None and mask.dtype is not DType.BOOL:
-        # Some versions of ONNX Runtime take the type's lowest number for minus infinity.
-        mask = op.Max(mask, op.constant(-6e4 if mask.dtype is DType.FLOAT16 else -1e30, mask.dtype))
+        mask = op.Max(mask, op.constant(LEAST[mask.dtype], mask.dtype))
     if mask is not None and mask.shape[-2:] != (q.shape[2], k.shape[2]):  # of the last two dims it broadcasts neither
         mask = op.Expand(mask, shape=(*mask.shape[:-2], q.shape[2], k.shape[2]))
     y = op.Attention(q, k, v, mask, scale=scale, softcap=softcap)

@@ -33,6 +33,19 @@ def _turned(x: Any, cos: Any, sin: Any) -> Any:
     return x * table_cos + op.Concat(-second, first, axis=-1) * table_sin
 
 
+# Before the whole one, which would take the part that turns alone.
+@rotary.source
+def partial(x: Any, cos: Any, sin: Any) -> Any:
+    turning, rest = op.Split(x, axis=-1, outputs=2)
+    return op.Concat(_turned(turning, cos, sin), rest, axis=-1)
+
+
+@partial.attributes
+def _(m: Match) -> dict[str, Any]:
+    turning = next(node for node in m.region if node.is_a("Split") and node.inputs[0] is m.x)
+    return {"rotary_dim": turning.attributes["split"][0]}
+
+
 @rotary.source
 def whole(x: Any, cos: Any, sin: Any) -> Any:
     return _turned(x, cos, sin)
@@ -44,16 +57,27 @@ def _(m: Match) -> dict[str, Any]:
     return {"rotary_dim": m.x.shape[-1]}
 
 
+def _turned_halves(first: Any, second: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+    return first * cos - second * sin, second * cos + first * sin
+
+
 @rotary.source
-def partial(x: Any, cos: Any, sin: Any) -> Any:
-    turning, rest = op.Split(x, axis=-1, outputs=2)
-    return op.Concat(_turned(turning, cos, sin), rest, axis=-1)
+def whole_by_halves(x: Any, cos: Any, sin: Any) -> Any:
+    first, second = op.Split(x, axis=-1, outputs=2)
+    return op.Concat(*_turned_halves(first, second, cos, sin), axis=-1)
 
 
-@partial.attributes
+@rotary.source
+def partial_by_halves(x: Any, cos: Any, sin: Any) -> Any:
+    first, second, rest = op.Split(x, axis=-1, outputs=3)
+    return op.Concat(*_turned_halves(first, second, cos, sin), rest, axis=-1)
+
+
+@whole_by_halves.attributes
+@partial_by_halves.attributes
 def _(m: Match) -> dict[str, Any]:
-    turning = next(node for node in m.region if node.is_a("Split") and node.inputs[0] is m.x)
-    return {"rotary_dim": turning.attributes["split"][0]}
+    (halves,) = (node for node in m.region if node.is_a("Split"))
+    return {"rotary_dim": sum(halves.attributes["split"][:2])}
 
 
 @rotary.source

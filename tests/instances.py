@@ -26,6 +26,7 @@ from fuser.evaluation import to_tensor
 from fuser.fused import Argument, FusedOp, Source
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.pattern import Absent, Apply, Capture, Either, Literal, Pattern, Result, Var
+from fuser.patterns.attention import LEAST
 from fuser.shapes import infer_node
 
 Alternative = tuple[int, int]  # id of an Either (or Absent), and which of its forms
@@ -347,8 +348,9 @@ class _Builder:
         """Refuses a graph without the example's guard, soft-cap or scale, or with one that it has not."""
         present = {node.op for node in self.graph.nodes}
         if "Attention" in present:
-            fits = "M" not in self.example or kind_of("mask", self.example) == "bool"
-            if not fits or not self.example["guarded"] or self.example.get("M", ("S", "T"))[-2:] != ("S", "T"):
+            is_float = "M" in self.example and kind_of("mask", self.example) != "bool"
+            guarded = "Where" in present or not is_float
+            if guarded != self.example["guarded"] or ("Max" in present) != is_float:
                 raise IllTyped
             return
         if ("IsNaN" in present) != self.example["guarded"] or ("Tanh" in present) != bool(self.example["softcap"]):
@@ -432,6 +434,8 @@ class _Builder:
             return float(self.example["softcap"]) ** (1 if name == "outer" else -1)
         if name == "lowest":
             return self._lowest()
+        if name == "least":
+            return LEAST[self.x]
         if name.endswith("scale"):
             return 1.0  # known when all factors are
         found: float | None = attributes_of(self.example).get(name)
@@ -470,8 +474,14 @@ class _Builder:
 
     def _require_operands(self, op: str, values: list[Value]) -> None:
         """What shape inference takes for granted: one type, shapes that broadcast."""
-        if op == "Attention" and values[1].shape and values[2].shape and values[1].shape[1] != values[2].shape[1]:
-            raise IllTyped
+        if op == "Attention":
+            heads = {value.shape[1] for value in values[1:3] if value.shape is not None}
+            mask = values[3].shape if len(values) > 3 else None
+            if len(heads) > 1 or (mask is not None and mask[-2:] != (dims.symbol("S"), dims.symbol("T"))):
+                raise IllTyped
+        if (op == "IsInf" and values[0].dtype is DType.BOOL) or (op == "Cast" and values[0] is self.variables.get("mask")):
+            if op == "IsInf" or values[0].dtype is not DType.BOOL:
+                raise IllTyped
         if op not in NUMERIC:
             return
         if len({value.dtype for value in values[op == "Where" :]}) > 1:
@@ -485,7 +495,7 @@ class _Builder:
         """The attributes that a pattern leaves open."""
         if x is None or x.shape is None:
             return {}
-        if wanted.op == "Cast":
+        if wanted.op == "Cast" and "to" not in wanted.attributes:
             types = [dtype for dtype in (DType.FLOAT32, DType.FLOAT16) if dtype is not x.dtype]
             if self.x is DType.FLOAT32:
                 raise IllTyped
@@ -493,12 +503,31 @@ class _Builder:
         if wanted.op == "Split" and "sizes" in self.example:
             return {"split": self.example["sizes"]}
         if wanted.op == "Split":
-            width, turned = self.example["Dh"], self.example["rotary_dim"]
-            return {"split": (turned, width - turned) if x.shape[-1] != turned else (turned // 2,) * 2}
-        if wanted.op in ("Expand", "Reshape"):  # [B, G, T, Dh] for each query head, by way of [B, G, 1, T, Dh]
-            heads, groups = self.example["H"], self.example["G"]
-            if heads == groups:
+            turned, rest = self.example["rotary_dim"], self.example["Dh"] - self.example["rotary_dim"]
+            parts = (
+                (turned, rest) if wanted.outputs == 2 and x.shape[-1] != turned else (turned // 2, turned // 2, rest)
+            )
+            if 0 in parts[: wanted.outputs]:
                 raise IllTyped
-            lead = (groups, heads // groups) if wanted.op == "Expand" else (heads,)
-            return {"shape": (x.shape[0], *lead, *x.shape[-2:])}
+            return {"split": parts[: wanted.outputs]}
+        if wanted.op in ("Expand", "Reshape"):
+            return {"shape": self._shape(wanted.op, x.shape)}
         return {}
+
+    def _shape(self, op: str, shape: Shape) -> Shape:
+        """What an attention reshapes and expands to."""
+        heads, groups = self.example["H"], self.example["G"]
+        length = dims.symbol("S")
+        if op == "Expand" and len(shape) < 5:  # a mask
+            whole = (*shape[:-2], length, dims.symbol("T"))
+            if whole == shape:
+                raise IllTyped
+            return whole
+        if heads == groups:
+            raise IllTyped
+        if op == "Expand":  # each key head for each query head
+            return (shape[0], groups, heads // groups, *shape[-2:])
+        if len(shape) == 5:
+            return (shape[0], heads, *shape[-2:])
+        rows = (groups, dims.mul(heads // groups, length)) if shape[1] == heads else (heads, length)
+        return (shape[0], *rows, shape[-1])
