@@ -282,7 +282,7 @@ class Matcher:
             goals = rest
             # Inputs that are nodes of the pattern decide most; they are tried before variables, which match anything.
             for sub, given in sorted(
-                zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], Result)
+                zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], (Result, Either))
             ):
                 goals = (sub, given, goals)
             yield from self._solve(goals)

@@ -58,9 +58,12 @@ def _weighted(scores: Any, v: Any) -> Any:
 
 def _scores(q: Any, k: Any) -> Any:
     """q k^T with its scale in any place: on q, on k, on both, or after; then perhaps soft-capped."""
-    turned = op.Transpose(_repeated(k), perm=(0, 1, 3, 2))
     k_scale, scale = number("k_scale"), number("scale")
-    keys = either(turned * k_scale, op.Transpose(_repeated(k) * k_scale, perm=(0, 1, 3, 2)), turned)
+    repeated = _repeated(k)
+    keys = either(
+        op.Transpose(repeated, perm=(0, 1, 3, 2)) * k_scale,
+        op.Transpose(either(repeated * k_scale, repeated), perm=(0, 1, 3, 2)),
+    )
     queries = either(q * number("q_scale"), q)
     raw = either(queries @ keys, op.Reshape(op.Reshape(queries) @ keys))
     scaled = either(raw * scale, raw)
