@@ -49,6 +49,12 @@ class Rewrite:
     operator: FusedOp
     inputs: Sequence[Value | Constant | None]
     attributes: dict[str, Any]
+    context: Sequence[Node] = ()  # nodes the region reads that stay: evaluated with it
+
+    @property
+    def evaluated(self) -> list[Node]:
+        """The nodes that both sides' inputs are read from, in order."""
+        return [*self.context, *self.region]
 
 
 @dataclass
@@ -106,19 +112,21 @@ class _Trial:
         self.leaves: dict[int, np.ndarray] = {}
         self.given: dict[int, np.ndarray] = {}
         self.drawn = _drawn(rewrite)
-        made = {id(value) for node in rewrite.region for value in node.outputs}
+        made = {id(value) for node in rewrite.evaluated for value in node.outputs}
         self.outside = list(
-            dict.fromkeys(v for node in rewrite.region for v in node.inputs if v is not None and id(v) not in made)
+            dict.fromkeys(v for node in rewrite.evaluated for v in node.inputs if v is not None and id(v) not in made)
         )
-        self.outside += [x for x in rewrite.inputs if isinstance(x, Value) and x not in self.outside]
+        self.outside += [
+            x for x in rewrite.inputs if isinstance(x, Value) and x not in self.outside and id(x) not in made
+        ]
         mentioned = [dim for value in self.outside for dim in value.shape or ()]
-        mentioned += [dim for node in rewrite.region for value in node.outputs for dim in value.shape or ()]
+        mentioned += [dim for node in rewrite.evaluated for value in node.outputs for dim in value.shape or ()]
         names = sorted(dims.symbols(mentioned), key=str)
         self.symbols: dict[sympy.Symbol, int] = {name: sizes[i % len(sizes)] for i, name in enumerate(names)}
         self.precision = max((PRECISION.get(dtype, 0.0) for dtype in self._floats()), default=1e-6)
 
     def _floats(self) -> list[DType]:
-        values = [*self.outside, *(v for node in self.rewrite.region for v in node.outputs)]
+        values = [*self.outside, *(v for node in self.rewrite.evaluated for v in node.outputs)]
         return [value.dtype for value in values if value.dtype is not None and value.dtype.is_float]
 
     def run(self) -> str | None:
@@ -182,19 +190,30 @@ class _Trial:
         if dtype.is_float:
             array = self.random.standard_normal(shape, np.float32) * np.float32(scale)
             return array.astype(ml_dtypes.bfloat16 if dtype is DType.BFLOAT16 else dtype.numpy)
-        return self.random.integers(0, 2, shape).astype(dtype.numpy)
+        array = self.random.integers(0, 2, shape).astype(dtype.numpy)
+        if dtype is DType.BOOL and array.ndim:
+            array[(0,) * (array.ndim - 1)] = False  # a row of a mask that allows nothing is a case of its own
+        return array
 
-    def _region(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    def _values(self, nodes: Sequence[Node], dtype: torch.dtype | None) -> dict[int, torch.Tensor | None]:
+        """The drawn inputs and what some nodes make of them."""
         values: dict[int, torch.Tensor | None] = {id(v): self._tensor(v, dtype) for v in self.outside}
-        for node in self.rewrite.region:
+        for node in nodes:
             inputs = [None if v is None else values[id(v)] for v in node.inputs]
             small = replace(node, attributes=_replaced(node.attributes, self.shrink))
             results = evaluate(small, inputs, self.symbols, opset=self.opset, float_dtype=dtype)
             values.update((id(v), result) for v, result in zip(node.outputs, results, strict=False))
+        return values
+
+    def _region(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        values = self._values(self.rewrite.evaluated, dtype)
         return [_present(values[id(value)]) for value in self.rewrite.outputs]
 
     def _fused(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
-        inputs = [None if x is None else self._tensor(x, dtype) for x in self.rewrite.inputs]
+        made = self._values(self.rewrite.context, dtype)
+        inputs = [
+            None if x is None else made[id(x)] if id(x) in made else self._tensor(x, dtype) for x in self.rewrite.inputs
+        ]
         attributes = _replaced(self.rewrite.attributes, self.shrink)
         attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in attributes.items()}
         return self.rewrite.operator.evaluate(inputs, attributes)
@@ -220,7 +239,7 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
 def _drawn(rewrite: Rewrite) -> set[int]:
     """The stored constants that both sides read as tensors: weights, whose elements the check draws anew."""
     fused = [x.constant if isinstance(x, Value) else x for x in rewrite.inputs]
-    region = [v.constant for node in rewrite.region for v in node.inputs if v is not None]
+    region = [v.constant for node in rewrite.evaluated for v in node.inputs if v is not None]
     read = {id(leaf) for constant in region if constant is not None for leaf in constant.leaves()}
     return read & {id(leaf) for constant in fused if constant is not None for leaf in constant.leaves()}
 
@@ -237,7 +256,7 @@ def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
     """
     mentioned = {
         number
-        for attributes in (*(node.attributes for node in rewrite.region), rewrite.attributes)
+        for attributes in (*(node.attributes for node in rewrite.evaluated), rewrite.attributes)
         for attribute in attributes.values()
         for number in (attribute if isinstance(attribute, tuple) else (attribute,))
         if isinstance(number, int)
@@ -246,7 +265,7 @@ def _shrinkable(rewrite: Rewrite) -> dict[int, int]:
     drawn = _drawn(rewrite)
     sizes: set[int] = set()
     real: set[int] = set()
-    for node in rewrite.region:
+    for node in rewrite.evaluated:
         for value in (*node.inputs, *node.outputs):
             if value is None or value.shape is None:
                 continue
@@ -301,7 +320,7 @@ def structure(rewrite: Rewrite) -> Any:
 
     nodes = tuple(
         (node.op, node.domain, _frozen(node.attributes), tuple(map(of, node.inputs)), tuple(map(of, node.outputs)))
-        for node in rewrite.region
+        for node in rewrite.evaluated
     )
     interface = (tuple(map(of, rewrite.inputs)), tuple(map(of, rewrite.outputs)))
     return (rewrite.operator.name, nodes, interface, _frozen(rewrite.attributes))

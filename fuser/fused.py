@@ -200,6 +200,7 @@ class FusedOp:
     state: dict[str, str] = field(default_factory=dict)  # input that holds a state -> output that holds it afterwards
     sources: list[Source] = field(default_factory=list)
     lowerings: dict[str, Lowering] = field(default_factory=dict)
+    opsets: dict[str, int] = field(default_factory=dict)
     example_sets: list[dict[str, Any]] = field(default_factory=list)
     _shapes: Callable[..., Sequence[Shape]] | None = None
     _kind: Callable[[Node], str] | None = None
@@ -215,11 +216,15 @@ class FusedOp:
         self.sources.append(found := Source(self, function))
         return found
 
-    def lower(self, target: str) -> Callable[[Lowering], Lowering]:
-        """Declares how the operator is written for a target: `ort`, or `functions` (a body of standard operators)."""
+    def lower(self, target: str, *, opset: int = 0) -> Callable[[Lowering], Lowering]:
+        """Declares how the operator is written for a target: `ort`, or `functions` (a body of standard operators).
+
+        `opset` is the one the lowering would like; where the graph cannot be raised to it, `op.opset` says less.
+        """
 
         def register(function: Lowering) -> Lowering:
             self.lowerings[target] = function
+            self.opsets[target] = opset
             return function
 
         return register

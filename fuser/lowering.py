@@ -83,6 +83,7 @@ def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
     """
     if target not in TARGETS:
         raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
+    _raise_opset(graph, target)
     functions = _Functions(graph.opset) if target == "functions" else None
     for node in list(graph.nodes):
         operator = REGISTRY.get(node.op) if node.domain == FUSER else None
@@ -94,6 +95,39 @@ def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
             _replace(graph, node, operator.lowerings[target])
     Spelling(graph).spell()
     return list(functions.bodies.values()) if functions is not None else []
+
+
+def _raise_opset(graph: Graph, target: str) -> None:
+    """Moves a graph to the opset its fused nodes would like, if that changes no node's meaning."""
+    wanted = max(
+        (REGISTRY[n.op].opsets.get(target, 0) for n in graph.nodes if n.domain == FUSER and n.op in REGISTRY), default=0
+    )
+    plain = {node.op for node in graph.nodes if not node.domain}
+    if (
+        wanted > graph.opset
+        and not any(n.carried for n in graph.nodes)
+        and all(_carries_over(op, graph.opset, wanted) for op in plain)
+    ):
+        graph.opset = wanted
+
+
+def _carries_over(op: str, old: int, new: int) -> bool:
+    """Whether an operator means the same in a newer opset, as its schema tells: nothing taken away, no default changed."""
+    try:
+        before, after = onnx.defs.get_schema(op, old), onnx.defs.get_schema(op, new)
+    except onnx.defs.SchemaError:
+        return False
+    if before.since_version == after.since_version or op in PARAMETERS:
+        return True
+    same = all(
+        name in after.attributes and after.attributes[name].default_value == attribute.default_value
+        for name, attribute in before.attributes.items()
+    )
+    return (
+        same
+        and before.min_input == after.min_input
+        and [i.name for i in before.inputs] == [i.name for i in after.inputs][: len(before.inputs)]
+    )
 
 
 def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:
@@ -115,29 +149,26 @@ class _Functions:
 
     def __init__(self, opset: int) -> None:
         self.opset = max(opset, 15)  # CastLike
-        self.bodies: dict[Any, onnx.FunctionProto] = {}
+        self.bodies: dict[tuple[str, bytes], onnx.FunctionProto] = {}
 
     def call(self, node: Node, operator: FusedOp) -> None:
-        floats = {name: value for name, value in node.attributes.items() if isinstance(value, float)}
+        floats = {name: value for name, value in node.attributes.items() if isinstance(value, float) and value}
         baked = {name: value for name, value in node.attributes.items() if name not in floats}
-        # One body serves all types but float64, in which it must not narrow what it computes.
-        present = tuple(value and (value.dtype is DType.FLOAT64) for value in node.inputs)
-        key = (operator.name, tuple(sorted(baked.items())), present, len(node.outputs))
+        stem = operator.kind_of(node)
+        body = self._body(node, operator, floats, baked)
+        # What the inputs' shapes and types change in a body is seen in the body.
+        key = (stem, body.SerializeToString(deterministic=True))
         if key not in self.bodies:
-            taken = {body.name for body in self.bodies.values()}
-            stem = name = operator.kind_of(node)
-            number = 1
-            while name in taken:
-                number += 1
-                name = f"{stem}_{number}"
-            self.bodies[key] = self._body(name, node, operator, floats, baked)
+            number = 1 + sum(kind == stem for kind, _ in self.bodies)
+            body.name = stem if number == 1 else f"{stem}_{number}"
+            self.bodies[key] = body
         node.op = self.bodies[key].name
         node.attributes = floats
 
     def _body(
-        self, name: str, node: Node, operator: FusedOp, floats: dict[str, float], baked: dict[str, Any]
+        self, node: Node, operator: FusedOp, floats: dict[str, float], baked: dict[str, Any]
     ) -> onnx.FunctionProto:
-        body = Graph(name, self.opset)
+        body = Graph(operator.name, self.opset)
         arguments = operator.signature.inputs
         inputs: list[Value | None] = []
         for i, argument in enumerate(arguments):

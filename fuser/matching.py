@@ -204,7 +204,8 @@ class Matcher:
         elif isinstance(pattern, Var):
             bound = self._vars.get(pattern.name, _UNBOUND)
             if bound is _UNBOUND:
-                if value is None:
+                if value is None or (pattern.scalar and value.scalar is None):
+                    self._mismatch(f"{pattern.name}, a scalar constant" if pattern.scalar else pattern.name, value)
                     return
                 self._vars[pattern.name] = value
                 yield from self._solve(rest)
@@ -281,7 +282,7 @@ class Matcher:
             goals = rest
             # Inputs that are nodes of the pattern decide most; they are tried before variables, which match anything.
             for sub, given in sorted(
-                zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], Result)
+                zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], (Result, Either))
             ):
                 goals = (sub, given, goals)
             yield from self._solve(goals)
@@ -335,7 +336,8 @@ class Matcher:
         if self._wrong:
             self._fail(STRUCTURE, *self._wrong[0], matched=self.total - len(self._wrong))
             return None
-        match = Match(dict(self._vars), dict(self._attributes), dict(self._nodes), tuple(self._outputs))
+        kept = frozenset(self._nodes[id(node)] for node in self.source.nodes if node.kept and id(node) in self._nodes)
+        match = Match(dict(self._vars), dict(self._attributes), dict(self._nodes), tuple(self._outputs), kept)
         region = match.region
         inside, outputs = set(region), set(match.outputs)
         for node in region:

@@ -59,6 +59,7 @@ class Var(Pattern):
     """Any value; the same one at every occurrence of the name."""
 
     name: str
+    scalar: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -97,6 +98,7 @@ class Apply:
     attributes: dict[str, Any]
     line: str
     outputs: int = 1
+    kept: bool = False  # matched and checked with the rest, but not replaced
 
     def __str__(self) -> str:
         inputs = [_brief(p) for p in self.inputs]
@@ -200,6 +202,19 @@ def maybe(pattern: Any) -> Pattern:
     return Either((pattern, pattern.node.inputs[0]))
 
 
+def keep(pattern: Any) -> Any:
+    """A node others may share: it is part of the match and of the check, and stays in the graph."""
+    if not isinstance(pattern, Result):
+        raise TypeError("keep() takes a node")
+    pattern.node.kept = True
+    return pattern
+
+
+def number(name: str) -> Pattern:
+    """A variable for a constant that is one number."""
+    return Var(name, scalar=True)
+
+
 def optional(pattern: Pattern) -> Pattern:
     """An input that may be absent."""
     return Absent(pattern)
@@ -246,6 +261,7 @@ class Match:
     attributes: dict[str, Any]
     nodes: dict[int, Node]
     outputs: tuple[Value, ...]
+    kept: frozenset[Node] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         """The value a variable matched; None where its alternative was not taken."""
@@ -255,8 +271,13 @@ class Match:
 
     @property
     def region(self) -> list[Node]:
-        """The nodes the match covers, in order."""
-        return sorted(self.nodes.values(), key=lambda node: node.place or 0.0)
+        """The nodes the match replaces, in order."""
+        return sorted(set(self.nodes.values()) - self.kept, key=lambda node: node.place or 0.0)
+
+    @property
+    def context(self) -> list[Node]:
+        """The nodes the match relies on and leaves, in order."""
+        return sorted(self.kept, key=lambda node: node.place or 0.0)
 
     def scalar(self, name: str) -> float:
         """The number a variable's constant holds; refuses the match where it is not one number."""

@@ -82,7 +82,7 @@ def _apply(
         if match is None:
             continue
         inputs, attributes = source.read(match)
-        proposal = Rewrite(match.region, match.outputs, operator, inputs, attributes)
+        proposal = Rewrite(match.region, match.outputs, operator, inputs, attributes, match.context)
         if checker is not None:
             before = perf_counter()
             disagreement = checker.check(proposal)

@@ -1,12 +1,14 @@
 """One file per fusion: its meaning, the source graphs exporters write for it, and its lowerings."""
 
 from fuser.fused import FusedOp
+from fuser.patterns.attention import attention
 from fuser.patterns.gated_mlp import gated_mlp
 from fuser.patterns.gelu import gelu
 from fuser.patterns.gelu_tanh import gelu_tanh
 from fuser.patterns.layer_norm import layer_norm
 from fuser.patterns.packed_linear import packed_linear
 from fuser.patterns.rms_norm import rms_norm
+from fuser.patterns.rotary import rotary
 from fuser.patterns.silu import silu
 from fuser.patterns.skip_layer_norm import skip_layer_norm
 from fuser.patterns.skip_rms_norm import skip_rms_norm
@@ -23,6 +25,8 @@ ALL: tuple[FusedOp, ...] = (
     gelu_tanh,
     gated_mlp,
     packed_linear,
+    rotary,
+    attention,
 )
 
 __all__ = ["ALL"]

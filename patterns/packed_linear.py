@@ -40,6 +40,7 @@ def _(node: Node) -> str:
 
 
 CONTRACTIONS = {
+    (FUSER, "attention"),
     ("", "Attention"),
     ("", "Einsum"),
     (MICROSOFT, "MultiHeadAttention"),

@@ -42,7 +42,7 @@ def _proposal(instance: instances.Instance) -> Rewrite:
             match = matcher.match(anchor)
             if match is not None:
                 inputs, attributes = source.read(match)
-                return Rewrite(match.region, match.outputs, instance.operator, inputs, attributes)
+                return Rewrite(match.region, match.outputs, instance.operator, inputs, attributes, match.context)
     raise AssertionError(f"{instance} does not match")
 
 
@@ -136,6 +136,9 @@ def _mutations(node: Node, rewrite: Rewrite) -> Iterator[Mutation]:
             neutral = np.zeros_like if node.op == "Add" or number > 1 else np.ones_like
             yield f"weight {number} is dropped", _replaced(number, lambda v, n=neutral: _constant(v, n))  # type: ignore[misc]
         else:
+            if value.scalar is not None and (value.scalar == 0 or np.isinf(value.scalar)):
+                yield f"number {number} is one", _replaced(number, lambda v: _constant(v, np.ones_like))
+                continue
             factor = 2.0 if abs(value.scalar or 1.0) < 1e-1 and node.op == "Add" else 1.01
             change = lambda v, f=factor: _constant(v, lambda a: a * f)  # type: ignore[misc]  # noqa: E731
             yield f"number {number} times {factor}", _replaced(number, change)
@@ -304,7 +307,7 @@ def test_a_disagreement_drops_the_rewrite_and_is_reported(
     monkeypatch.setattr(rms_norm, "reference", _wrong)
     made = fuser.fuse(path)
     made.save(tmp_path / "fused.onnx")
-    assert made.report.fused == {"qkv_linear": 2, "gate_up_linear": 2, "gated_mlp": 2}
+    assert made.report.fused == {"qkv_linear": 2, "gate_up_linear": 2, "gated_mlp": 2, "rotary": 4, "attention": 2}
     (miss,) = made.report.misses
     assert (miss.fusion, miss.rank, miss.count) == ("rms_norm", CHECK, 5)
     assert miss.module == "model.model.layers.0.input_layernorm"

@@ -34,6 +34,8 @@ LLAMA = {
     "qkv_linear": LAYERS,
     "gate_up_linear": LAYERS,
     "gated_mlp": LAYERS,
+    "rotary": 2 * LAYERS,
+    "attention": LAYERS,
 }
 EXPECTED: dict[str, dict[str, int]] = {
     "llama": LLAMA,
@@ -42,8 +44,8 @@ EXPECTED: dict[str, dict[str, int]] = {
     "phi3": LLAMA,
     "qwen3": LLAMA | {"rms_norm": 1 + 2 * LAYERS},  # those of queries and keys
     "gemma2": LLAMA | {"rms_norm": 1 + 2 * LAYERS},  # those after attention and MLP
-    "gpt2": {"skip_layer_norm": 1 + 2 * LAYERS, "qkv_linear": LAYERS, "gelu_tanh": LAYERS},
-    "bert": {"layer_norm": 1, "skip_layer_norm": 2 * LAYERS, "qkv_linear": LAYERS, "gelu": LAYERS},
+    "gpt2": {"skip_layer_norm": 1 + 2 * LAYERS, "qkv_linear": LAYERS, "attention": LAYERS, "gelu_tanh": LAYERS},
+    "bert": {"layer_norm": 1, "skip_layer_norm": 2 * LAYERS, "qkv_linear": LAYERS, "attention": LAYERS, "gelu": LAYERS},
 }
 
 DEMANDED = ("llama", "qwen2", "gpt2")
@@ -80,6 +82,29 @@ def test_fuses(architecture: str, exporter: str, target: str, tmp_path: Path) ->
         worst = max(worst, error)
     counts = ", ".join(f"{kind} {count}" for kind, count in sorted(report.fused.items()))
     print(f"\n{architecture} {exporter} {target}: {report.nodes_before} -> {report.nodes_after}, {worst:.1e}: {counts}")
+
+
+def _padded_prefill(path: Path) -> zoo.Feeds:
+    """Two sequences on no past, the first with two tokens of padding on its left: their queries may attend to nothing."""
+    feeds = dict(zoo.cases(path)["padded"])
+    mask = np.ones_like(feeds["input_ids"])
+    mask[0, :2] = 0
+    feeds["attention_mask"] = mask
+    if "position_ids" in feeds:
+        feeds["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)
+    return {name: x[:, :, :0] if name.startswith("past_key_values.") else x for name, x in feeds.items()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("architecture", "exporter"), EXPORTS)
+def test_rows_that_attend_to_nothing(architecture: str, exporter: str, target: str, tmp_path: Path) -> None:
+    path = zoo.exported(architecture, exporter)
+    feeds = _padded_prefill(path)
+    actual, expected = zoo.run(_saved(path, target, tmp_path), feeds), zoo.run(path, feeds, optimize=False)
+    finite = {name: np.isfinite(array) for name, array in expected.items()}
+    assert all(numbers.any() for numbers in finite.values())
+    kept = [{name: arrays[name][finite[name]] for name in expected} for arrays in (actual, expected)]
+    assert zoo.relative_error(*kept) <= TOLERANCE
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -151,7 +176,8 @@ HEADER = f"""\
 
 Tiny models ({LAYERS} layers, random weights) of each architecture, exported, fused and run in ONNX Runtime: the number of
 nodes before and after, what was fused, and the largest relative error (norm-wise) of any output in decode, prefill, chunked
-prefill and a left-padded batch. Every row has no near misses. `pytest tests/test_coverage.py --update-golden` writes this.
+prefill, a left-padded batch and a left-padded prefill. Every row has no near misses. `pytest tests/test_coverage.py
+--update-golden` writes this.
 
 Node counts: {{versions}}.
 

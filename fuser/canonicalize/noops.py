@@ -1,11 +1,11 @@
 """Operators that do nothing go: identities, whole slices, chains of which only the last matters."""
 
 from fuser import dims
-from fuser.canonicalize.rules import become, emit, rule
+from fuser.canonicalize.rules import become, emit, rule, sole
 from fuser.content import clamp, content, slice_bounds
 from fuser.dims import Dim
 from fuser.dtypes import DType
-from fuser.graph import Graph, Node
+from fuser.graph import Graph, Node, Value
 from fuser.shapes import axis_of, broadcast, infer_node
 
 
@@ -72,6 +72,19 @@ def _same_shape(graph: Graph, node: Node) -> bool:
     return value.shape == shape and become(graph, node, value)
 
 
+def _is_right_factor(value: Value) -> bool:
+    """Whether a value, perhaps scaled, is only ever the right operand of matrix products."""
+    return bool(value.uses) and all(
+        (node.is_a("MatMul") and index == 1)
+        or (
+            node.is_a("Mul")
+            and any(v is not None and v.scalar is not None for v in node.inputs)
+            and _is_right_factor(node.output)
+        )
+        for node, index in value.uses
+    )
+
+
 @rule("Transpose")
 def _transpose(graph: Graph, node: Node) -> bool:
     value = node.inputs[0]
@@ -81,12 +94,45 @@ def _transpose(graph: Graph, node: Node) -> bool:
     if order == tuple(range(len(order))):
         return become(graph, node, value)
     inner = value.producer
+    swap = (*range(len(order) - 2), len(order) - 1, len(order) - 2)
+    turned = len(order) > 2 and _is_right_factor(node.output)
+    if turned and order != swap and order[-2] == len(order) - 1:
+        # The keys of q k^T: rows arranged as the values are, then turned.
+        rows = emit(graph, node, "Transpose", [value], {"perm": (*order[:-2], order[-1], order[-2])})
+        return become(graph, node, emit(graph, node, "Transpose", [rows], {"perm": swap}))
     if inner is None or not inner.is_a("Transpose") or value.captured or inner.inputs[0] is None:
+        return False
+    if turned and order == swap and tuple(inner.attributes.get("perm", ())) != swap:
         return False
     first = tuple(inner.attributes.get("perm", range(len(order))[::-1]))
     node.attributes["perm"] = tuple(first[i] for i in order)
     graph.set_input(node, 0, inner.inputs[0])
     return True
+
+
+@rule("Reshape")
+def _flat_transpose(graph: Graph, node: Node) -> bool:
+    """Swapping the last two axes needs no merging of the others before and splitting of them after."""
+    value, shape = node.inputs[0], node.output.shape
+    turn = value.producer if value is not None else None
+    if turn is None or shape is None or len(node.inputs) > 1 or not turn.is_a("Transpose") or not sole(value, node):
+        return False
+    flat = turn.inputs[0]
+    merge = flat.producer if flat is not None else None
+    if merge is None or flat is None or flat.shape is None or not merge.is_a("Reshape") or len(merge.inputs) > 1:
+        return False
+    if (
+        tuple(turn.attributes.get("perm", ())) != (0, 2, 1)
+        or len(shape) < 4
+        or shape[-2:] != (flat.shape[2], flat.shape[1])
+    ):
+        return False
+    lead = shape[:-2]
+    if dims.equal(dims.product(lead), flat.shape[0]) is not True:
+        return False
+    whole = emit(graph, merge, "Reshape", [merge.inputs[0]], {"shape": (*lead, flat.shape[1], flat.shape[2])})
+    order = (*range(len(lead)), len(lead) + 1, len(lead))
+    return become(graph, node, emit(graph, turn, "Transpose", [whole], {"perm": order}))
 
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -133,7 +179,7 @@ def _slice(graph: Graph, node: Node) -> bool:
         if other is None or set(other) != {axis} or other[axis][2] != 1 or user.output.captured:
             continue
         start, end = (clamp(bound, value.shape[axis]) for bound in other[axis][:2])
-        if start is not None and end is not None:
+        if start is not None and end is not None and start != end:
             parts.setdefault((start, end), user)
     order = _partition(list(parts), value.shape[axis])
     if order is None:
@@ -160,6 +206,35 @@ def _partition(spans: list[tuple[Dim, Dim]], size: Dim) -> list[tuple[Dim, Dim]]
     return (
         order if ends[-1] == size and all(start == end for (start, _), end in zip(order, ends, strict=False)) else None
     )
+
+
+@rule("Cos", "Sin", "Cast", "Mul", "Unsqueeze", "Neg")
+def _above_repetition(graph: Graph, node: Node) -> bool:
+    """What is done to a value concatenated with itself is done once, before."""
+    index = next((i for i, v in enumerate(node.inputs) if v is not None and v.constant is None), 0)
+    value = node.inputs[index]
+    repeat = value.producer if value is not None else None
+    if repeat is None or value is None or value.captured or not repeat.is_a("Concat") or len(repeat.inputs) < 2:
+        return False
+    part = repeat.inputs[0]
+    if part is None or any(v is not part for v in repeat.inputs) or repeat.attributes.get("axis") != -1:
+        return False
+    others = [v for i, v in enumerate(node.inputs) if i != index]
+    if any(v is None or v.scalar is None for v in others) or (
+        node.op == "Unsqueeze" and -1 in node.attributes.get("axes", (-1,))
+    ):
+        return False
+    if (
+        part.shape is None
+        or node.output.shape is None
+        or any(v is not None and len(v.shape or ()) > len(part.shape) for v in others)
+    ):
+        return False
+    if node.op == "Unsqueeze" and any(axis >= len(part.shape) for axis in node.attributes["axes"]):
+        return False
+    inputs = [part if i == index else v for i, v in enumerate(node.inputs)]
+    once = emit(graph, node, node.op, inputs, dict(node.attributes))
+    return become(graph, node, emit(graph, node, "Concat", [once] * len(repeat.inputs), {"axis": -1}))
 
 
 @rule("Concat", "Sum", "Max", "Min", "Mean")

@@ -1,0 +1,221 @@
+"""Attention: y = softmax(softcap(q k^T * scale) + mask) v, with grouped heads. arXiv:1706.03762, arXiv:2305.13245."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser.dtypes import DType
+from fuser.fused import Inputs, Source, fused_op
+from fuser.graph import Value
+from fuser.pattern import Match, applies, capture, either, keep, maybe, number, op, optional, require
+
+
+@fused_op("q[B, H, S, Dh], k[B, G, T, Dh], v[B, G, T, Dv], mask[*M]? -> y[B, H, S, Dv]")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    guarded: bool = False,
+) -> Tensor:
+    """q [B, H, S, Dh], k [B, G, T, Dh], v [B, G, T, Dv]; each key head serves H / G query heads; softmax in float32.
+
+    `mask` broadcasts to [B, H, S, T]: bool (True: attend), or float, added in its own type after `softcap` (0: none).
+    A row whose scores are all minus infinity gives zeros if `guarded`, else nothing defined (here NaN).
+    """
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    keys, values = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q.to(wide) @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = (scores.to(mask.dtype) + mask).to(wide)
+    weights = scores.softmax(-1)
+    return ((weights.nan_to_num(0.0) if guarded else weights) @ values).to(q.dtype)
+
+
+def _repeated(x: Any) -> Any:
+    """Each key head once for every query head it serves."""
+    return either(op.Reshape(op.Expand(op.Unsqueeze(x, axes=(2,)))), x)
+
+
+def _product(rows: Any, x: Any) -> Any:
+    """rows @ x; where x has fewer heads it is repeated, or the rows of the heads it serves are taken as one head's."""
+    return either(rows @ _repeated(x), op.Reshape(op.Reshape(rows) @ x))
+
+
+def _weighted(scores: Any, v: Any) -> Any:
+    weights = maybe(op.Cast(op.Softmax(maybe(op.Cast(scores)), axis=-1)))
+    return _product(either(op.Where(op.IsNaN(weights), 0, weights), weights), v)
+
+
+def _scores(q: Any, k: Any) -> Any:
+    """q k^T with its scale in any place: on q, on k, on both, or after; then perhaps soft-capped."""
+    k_scale, scale = number("k_scale"), number("scale")
+    repeated = _repeated(k)
+    keys = either(
+        op.Transpose(repeated, perm=(0, 1, 3, 2)) * k_scale,
+        op.Transpose(either(repeated * k_scale, repeated), perm=(0, 1, 3, 2)),
+    )
+    queries = either(q * number("q_scale"), q)
+    raw = either(queries @ keys, op.Reshape(op.Reshape(queries) @ keys))
+    scaled = either(raw * scale, raw)
+    return either(op.Tanh(scaled * number("inner")) * number("outer"), scaled)
+
+
+@attention.source
+def additive(q: Any, k: Any, v: Any, mask: Any, allowed: Any) -> Any:
+    scores = _scores(q, k)
+    chosen = keep(op.Where(allowed, 0, number("lowest")))
+    return _weighted(either(scores + chosen, scores + mask), v)
+
+
+@attention.source
+def filled(q: Any, k: Any, v: Any, allowed: Any) -> Any:
+    return _weighted(op.Where(allowed, _scores(q, k), number("lowest")), v)
+
+
+@attention.source
+def unmasked(q: Any, k: Any, v: Any) -> Any:
+    return _weighted(_scores(q, k), v)
+
+
+def _require_heads(m: Match) -> None:
+    """Shapes that lowerings write down: [B, H, S, Dh] with H, Dh known."""
+    for name in ("q", "k", "v"):
+        value = m.values[name]
+        shape = None if value is None else value.shape
+        known = shape is not None and len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
+        require(known, f"attention: {name} must be [B, heads, tokens, width] of known heads and width", value)
+
+
+def _declare(source: Source) -> None:
+    @source.attributes
+    def _(m: Match) -> dict[str, Any]:
+        _require_heads(m)
+        scales = [m.scalar(name) for name in ("q_scale", "k_scale", "scale") if name in m.values]
+        softcap = m.scalar("outer") if "outer" in m.values else 0.0
+        if softcap:
+            capped = abs(softcap * m.scalar("inner") - 1) < 1e-5
+            require(capped, "attention: softcap must divide before tanh and multiply after", m.inner)
+        guarded = any(node.is_a("IsNaN") for node in m.region)
+        return {"scale": math.prod(scales, start=1.0), "softcap": softcap, "guarded": guarded}
+
+    @source.inputs
+    def _(m: Match) -> Inputs:
+        if m.lowest is None:
+            return {}
+        infinite = math.isinf(m.scalar("lowest"))
+        if m.kept and not infinite:
+            (chosen,) = m.kept
+            return {"mask": chosen.output}  # a row that may attend to nothing then attends to everything
+        require(infinite, "attention: masked scores must be minus infinity", m.lowest)
+        return {"mask": m.allowed}
+
+
+for _source in (additive, filled, unmasked):
+    _declare(_source)
+
+
+@attention.source
+def standard(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """The operator alone, or with what the lowering below puts around it."""
+    bounded = either(keep(op.Max(mask, number("least"))), mask)
+    given = optional(either(keep(op.Expand(bounded)), bounded))
+    y = op.Attention(
+        q, _repeated(k), _repeated(v), given, is_causal=0, scale=capture("scale"), softcap=capture("softcap")
+    )
+    flags = keep(op.Cast(mask, to=DType.FLOAT32.onnx))
+    attends = either(
+        keep(op.Cast(keep(op.ReduceMax(flags, axes=(-1,), keepdims=1)), to=DType.BOOL.onnx)),
+        keep(op.Not(keep(op.IsInf(keep(op.ReduceMax(mask, axes=(-1,), keepdims=1)))))),
+    )
+    return either(op.Where(attends, y, 0), y)
+
+
+@standard.attributes
+def _(m: Match) -> dict[str, Any]:
+    applies(m.q.rank == 4)
+    is_float = m.mask is not None and m.mask.dtype is not DType.BOOL
+    # To the lowest number in a mask ONNX gives no meaning of its own, and ONNX Runtime that of minus infinity.
+    applies(not is_float or (m.least is not None and m.scalar("least") <= LEAST[m.mask.dtype]))
+    _require_heads(m)
+    scale = m.attributes["scale"]
+    return {
+        "scale": 1 / math.sqrt(m.q.shape[-1]) if scale is None else scale,
+        "softcap": m.attributes["softcap"] or 0.0,
+        "guarded": not is_float or any(node.is_a("Where") for node in m.region),
+    }
+
+
+# Above the type's lowest number, which some versions of ONNX Runtime take for minus infinity.
+LEAST = {DType.FLOAT16: -6e4, DType.BFLOAT16: -1e30, DType.FLOAT32: -1e30, DType.FLOAT64: -1e30}
+
+
+@attention.lower("ort", opset=23)
+def _(op: Any, q: Any, k: Any, v: Any, mask: Any, *, scale: float, softcap: float, guarded: bool) -> Any:
+    # Not all versions of ONNX Runtime mask after the soft-cap.
+    if op.opset < 23 or (softcap and mask is not None):
+        return attention.lowerings["functions"](op, q, k, v, mask, scale=scale, softcap=softcap, guarded=guarded)
+    given = mask
+    if mask is not None and mask.dtype is not DType.BOOL:
+        mask = op.Max(mask, op.constant(LEAST[mask.dtype], mask.dtype))
+    if mask is not None and mask.shape[-2:] != (q.shape[2], k.shape[2]):  # of the last two dims it broadcasts neither
+        mask = op.Expand(mask, shape=(*mask.shape[:-2], q.shape[2], k.shape[2]))
+    y = op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
+    return y if given is None or not guarded else op.Where(_attends(op, given), y, op.constant(0.0, q.dtype))
+
+
+def _attends(op: Any, mask: Any) -> Any:
+    """Which rows may attend to something; of others versions of ONNX Runtime make zeros, the mean or no number."""
+    if mask.dtype is DType.BOOL:
+        return op.Cast(op.ReduceMax(op.Cast(mask, to=op.FLOAT), axes=(-1,), keepdims=1), to=DType.BOOL.onnx)
+    return op.Not(op.IsInf(op.ReduceMax(mask, axes=(-1,), keepdims=1)))
+
+
+@attention.lower("functions")
+def _(op: Any, q: Value, k: Value, v: Value, mask: Any, *, scale: Any, softcap: Any, guarded: bool) -> Any:
+    assert q.shape is not None and k.shape is not None and v.shape is not None
+    heads, groups, width = q.shape[1], k.shape[1], v.shape[3]
+
+    def shaped(x: Any, *shape: Any) -> Any:
+        return op.Reshape(x, op.constant(shape, DType.INT64))
+
+    # The query heads of a group are rows of one product: no key is repeated.
+    rows = shaped(op.Mul(q, op.scalar_like(scale, q)), 0, groups, -1, q.shape[3])
+    scores = shaped(op.MatMul(rows, op.Transpose(k, perm=(0, 1, 3, 2))), 0, heads, -1, 0)
+    if softcap:
+        scores = op.Mul(op.Tanh(op.Div(scores, op.scalar_like(softcap, scores))), op.scalar_like(softcap, scores))
+    if mask is not None and mask.dtype is DType.BOOL:
+        scores = op.Where(mask, scores, op.scalar_like(-math.inf, scores))
+    elif mask is not None:
+        scores = op.Add(scores, mask)
+    weights = op.Softmax(op.Cast(scores, to=op.FLOAT), axis=-1)
+    if guarded:
+        weights = op.Where(op.IsNaN(weights), op.scalar_like(0.0, weights), weights)
+    result = op.MatMul(shaped(op.CastLike(weights, q), 0, groups, -1, 0), v)
+    return shaped(result, 0, heads, -1, width)
+
+
+_SIZES = {"B": 2, "S": 3, "T": 7, "Dh": 16, "Dv": 12}
+_GROUPED, _SINGLE = {**_SIZES, "H": 4, "G": 2}, {**_SIZES, "H": 3, "G": 3}
+_FULL, _KEYS = ("B", 1, "S", "T"), ("B", 1, 1, "T")
+attention.examples(
+    {**_GROUPED, "scale": 0.25, "softcap": 0.0, "guarded": True, "without": ("mask",)},
+    {**_SINGLE, "scale": 1.0, "softcap": 0.0, "guarded": False, "without": ("mask",)},
+    {**_SINGLE, "scale": 0.25, "softcap": 5.0, "guarded": False, "without": ("mask",)},
+    {**_GROUPED, "M": _FULL, "kinds": {"mask": "bool"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_SINGLE, "M": _KEYS, "kinds": {"mask": "bool"}, "scale": 0.2, "softcap": 5.0, "guarded": False},
+    {**_SINGLE, "M": _KEYS, "kinds": {"mask": "bool"}, "scale": 0.3, "softcap": 5.0, "guarded": True},
+    {**_GROUPED, "M": _FULL, "kinds": {"mask": "lowest"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_GROUPED, "M": _KEYS, "kinds": {"mask": "lowest"}, "scale": 0.25, "softcap": 5.0, "guarded": False},
+    {**_GROUPED, "M": ("S", "T"), "kinds": {"mask": "infinite"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_SINGLE, "M": (3, "S", "T"), "scale": 1.0, "softcap": 5.0, "guarded": False},
+)
