@@ -56,6 +56,11 @@ class Emitter:
     def constant(self, data: Any, dtype: DType, stem: str = "const") -> Value:
         return self._graph.constant(Array.of(data, dtype), stem)
 
+    def CastLike(self, value: Value, like: Value) -> Any:  # noqa: N802  (an operator)
+        """As a Cast: the type is known, and CastLike is younger than the oldest opset."""
+        assert like.dtype is not None
+        return value if value.dtype is like.dtype else self.Cast(value, to=like.dtype.onnx)
+
     def scalar_like(self, number: float, value: Value) -> Any:
         """`number` in the type of `value`."""
         return self.CastLike(self.Constant(value_float=number), value)
@@ -148,7 +153,7 @@ class _Functions:
     """The functions a graph calls, one for each distinct body."""
 
     def __init__(self, opset: int) -> None:
-        self.opset = max(opset, 15)  # CastLike
+        self.opset = opset
         self.bodies: dict[tuple[str, bytes], onnx.FunctionProto] = {}
 
     def call(self, node: Node, operator: FusedOp) -> None:

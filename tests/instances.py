@@ -479,10 +479,8 @@ class _Builder:
             mask = values[3].shape if len(values) > 3 else None
             if len(heads) > 1 or (mask is not None and mask[-2:] != (dims.symbol("S"), dims.symbol("T"))):
                 raise IllTyped
-        if (
-            (op == "IsInf" and values[0].dtype is DType.BOOL)
-            or (op == "Cast" and values[0] is self.variables.get("mask"))
-        ) and (op == "IsInf" or values[0].dtype is not DType.BOOL):
+        is_flag = values[0].dtype is DType.BOOL
+        if (op == "IsInf" and is_flag) or (op == "Cast" and values[0] is self.variables.get("mask") and not is_flag):
             raise IllTyped
         if op not in NUMERIC:
             return

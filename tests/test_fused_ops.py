@@ -24,7 +24,7 @@ from tests import instances, text_graphs
 from tests.instances import Instance
 
 TOLERANCE = {DType.FLOAT32: 2e-6, DType.FLOAT16: 2e-3}  # relative, norm-wise, to the reference function in float64
-OPSETS = (17, 23)
+OPSETS = (13, 17, 23)
 
 EXAMPLES = [
     pytest.param(operator, example, id=f"{operator.name}-{number}")
