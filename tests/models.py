@@ -202,6 +202,7 @@ def decoder_fusions(layers: int) -> dict[str, int]:
         "qkv_linear": layers,
         "gate_up_linear": layers,
         "gated_mlp": layers,
+        "attention": layers,
     }
 
 

@@ -188,7 +188,7 @@ def test_expectations_met(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "o.onnx").exists()
 
 
-@pytest.mark.parametrize("expected", ["skip_rms_norm=3", "skip_rms_norm=5", "attention=1"])
+@pytest.mark.parametrize("expected", ["skip_rms_norm=3", "skip_rms_norm=5", "layer_norm=1"])
 def test_expectations_unmet(expected: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "o.onnx").write_bytes(b"old")
     result = fuse(source, "-o", tmp_path / "o.onnx", "--report", tmp_path / "r.json", "--expect", expected, "-q")
