@@ -36,25 +36,14 @@ def _is_normal(number: float, dtype: DType) -> bool:
     return float(limits.tiny) <= abs(number) <= float(limits.max)
 
 
-@rule("Reciprocal")
-def _reciprocal(graph: Graph, node: Node) -> bool:
+@rule("Reciprocal", "Sqrt")
+def _rsqrt(graph: Graph, node: Node) -> bool:
+    """1/sqrt(x) and sqrt(1/x) are rsqrt(x)."""
     value = node.inputs[0]
-    if value is None or value.producer is None or not value.producer.is_a("Sqrt"):
+    inner = value.producer if value is not None else None
+    if inner is None or not inner.is_a("Sqrt" if node.op == "Reciprocal" else "Reciprocal"):
         return False
-    return become(
-        graph, node, emit(graph, node, "Rsqrt", [value.producer.inputs[0]], domain=FUSER, absorbing=value.producer)
-    )
-
-
-@rule("Sqrt")
-def _sqrt(graph: Graph, node: Node) -> bool:
-    """sqrt(1/x) is rsqrt(x)."""
-    value = node.inputs[0]
-    if value is None or value.producer is None or not value.producer.is_a("Reciprocal"):
-        return False
-    return become(
-        graph, node, emit(graph, node, "Rsqrt", [value.producer.inputs[0]], domain=FUSER, absorbing=value.producer)
-    )
+    return become(graph, node, emit(graph, node, "Rsqrt", [inner.inputs[0]], domain=FUSER, absorbing=inner))
 
 
 @rule("Pow")

@@ -5,25 +5,10 @@ from fuser.canonicalize.rules import become, emit, rule, sole
 from fuser.dims import Shape
 from fuser.graph import Graph, Node, Value
 
-UNARY = frozenset(
-    {
-        "Abs",
-        "Cast",
-        "Ceil",
-        "Erf",
-        "Exp",
-        "Floor",
-        "Log",
-        "Neg",
-        "Reciprocal",
-        "Relu",
-        "Sigmoid",
-        "Sqrt",
-        "Tanh",
-        "Gelu",
-        "Softplus",
-    }
-)
+UNARY = (
+    "Abs", "Cast", "Ceil", "Erf", "Exp", "Floor", "Gelu", "Log", "Neg", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt",
+    "Tanh",
+)  # fmt: skip
 
 
 @rule("Gemm")
@@ -61,16 +46,22 @@ def _tail(before: Shape, after: Shape) -> bool:
     )
 
 
+def _above_flattening(graph: Graph, node: Node, inputs: list[Value | None]) -> bool:
+    """The operator works on what was flattened; the flattening comes after it, where it meets the reshape that undoes it."""
+    if node.output.shape is None:
+        return False
+    result = emit(graph, node, node.op, inputs, dict(node.attributes))
+    return become(graph, node, emit(graph, node, "Reshape", [result], {"shape": node.output.shape}))
+
+
 @rule("MatMul")
 def _flat_matmul(graph: Graph, node: Node) -> bool:
-    """Flattening moves below a linear, where it meets the reshape that undoes it."""
     whole, weight = _flattened(node.inputs[0], node), node.inputs[1]
-    if whole is None or weight is None or weight.shape is None or len(weight.shape) != 2 or node.output.shape is None:
-        return False
-    return become(
-        graph,
-        node,
-        emit(graph, node, "Reshape", [emit(graph, node, "MatMul", [whole, weight])], {"shape": node.output.shape}),
+    return (
+        whole is not None
+        and weight is not None
+        and weight.rank == 2
+        and _above_flattening(graph, node, [whole, weight])
     )
 
 
@@ -78,18 +69,8 @@ def _flat_matmul(graph: Graph, node: Node) -> bool:
 def _flat_bias(graph: Graph, node: Node) -> bool:
     for i, bias in ((0, node.inputs[1]), (1, node.inputs[0])):
         whole = _flattened(node.inputs[i], node)
-        if (
-            whole is not None
-            and bias is not None
-            and bias.shape is not None
-            and len(bias.shape) == 1
-            and node.output.shape is not None
-        ):
-            return become(
-                graph,
-                node,
-                emit(graph, node, "Reshape", [emit(graph, node, "Add", [whole, bias])], {"shape": node.output.shape}),
-            )
+        if whole is not None and bias is not None and bias.rank == 1:
+            return _above_flattening(graph, node, [whole, bias])
     return False
 
 
@@ -97,20 +78,24 @@ def _flat_bias(graph: Graph, node: Node) -> bool:
 def _flat_residual(graph: Graph, node: Node) -> bool:
     """Two values flattened alike are added before they are flattened."""
     a, b = (_flattened(value, node) for value in node.inputs)
-    if a is None or b is None or a is b or a.shape != b.shape or node.output.shape is None:
-        return False
-    total = emit(graph, node, "Add", [a, b])
-    return become(graph, node, emit(graph, node, "Reshape", [total], {"shape": node.output.shape}))
+    return (
+        a is not None and b is not None and a is not b and a.shape == b.shape and _above_flattening(graph, node, [a, b])
+    )
 
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def _flat_norm(graph: Graph, node: Node) -> bool:
     """A norm over the last axis does not mind how the rows are laid out."""
-    whole, axis = _flattened(node.inputs[0], node), node.attributes.get("axis", -1)
-    if whole is None or axis != -1 or node.output.shape is None or any(v.uses or v.pinned for v in node.outputs[1:]):
+    whole = _flattened(node.inputs[0], node)
+    if whole is None or node.attributes.get("axis", -1) != -1 or any(v.uses or v.pinned for v in node.outputs[1:]):
         return False
-    result = emit(graph, node, node.op, [whole, *node.inputs[1:]], dict(node.attributes))
-    return become(graph, node, emit(graph, node, "Reshape", [result], {"shape": node.output.shape}))
+    return _above_flattening(graph, node, [whole, *node.inputs[1:]])
+
+
+@rule(*UNARY)
+def _flat_unary(graph: Graph, node: Node) -> bool:
+    whole = _flattened(node.inputs[0], node)
+    return whole is not None and sole(node.inputs[0], node) and _above_flattening(graph, node, [whole])
 
 
 @rule("Reshape")
@@ -151,21 +136,3 @@ def _bias_at(node: Node) -> int | None:
     """Which input of an Add is a bias: one dim, while the other has more."""
     ranks = [None if value is None else value.rank for value in node.inputs]
     return ranks.index(1) if 1 in ranks and ranks.count(1) == 1 else None
-
-
-@rule(*sorted(UNARY))
-def _flat_unary(graph: Graph, node: Node) -> bool:
-    whole = _flattened(node.inputs[0], node)
-    if whole is None or node.output.shape is None or not sole(node.inputs[0], node):
-        return False
-    return become(
-        graph,
-        node,
-        emit(
-            graph,
-            node,
-            "Reshape",
-            [emit(graph, node, node.op, [whole], dict(node.attributes))],
-            {"shape": node.output.shape},
-        ),
-    )
