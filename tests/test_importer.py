@@ -1007,3 +1007,12 @@ def test_runtime_fused_graphs_are_read_and_fused(tmp_path: Path) -> None:
         assert fused.report.fused["qkv_linear"] == 2
         assert fused.report.fused["skip_layer_norm"] >= 3  # those without a bias of their own
         assert fused.report.verification.passed and not fused.report.verification.skipped
+
+
+def test_results_without_a_number_prove_nothing() -> None:
+    model = one(
+        "(float[N, M] x) => (float[N, M] y) { g = Sigmoid(x) s = Mul(x, g) y = Mul(s, k) }",
+        {"k": np.full(1, np.nan, np.float32)},
+    )
+    verification = fuser.fuse(model).report.verification
+    assert verification.to_json()["status"] == "skipped" and "no finite number" in verification.skipped
