@@ -67,7 +67,9 @@ class Report:
             lines.append("  nothing to fuse was found")
         lines += ["", f"  nodes    {self.nodes_before} -> {self.nodes_after}"]
         lines.append(f"  weights  {size(self.weights_bytes_before)} -> {size(self.weights_bytes_after)}")
-        lines.append(f"  checks   {self.checked} rewrites proven numerically, {self.reused} more of the same structure")
+        lines.append(
+            f"  checks   {self.checked} rewrites checked numerically, {self.reused} more of the same structure"
+        )
         lines.append(f"  result   {self._verdict()}")
         lines.append("  time     " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages_s.items()))
         if self.misses:
