@@ -383,9 +383,9 @@ def readers(value: Value) -> Iterator[Node]:
     yield from value.captors
 
 
-def reaches(starts: Iterable[Value], stop: Callable[[Node], bool], seen: set[Node] | None = None) -> set[Node]:
+def reaches(starts: Iterable[Value], stop: Callable[[Node], bool]) -> set[Node]:
     """Every node reachable forward from `starts`, not passing through a node for which `stop` holds."""
-    found: set[Node] = set() if seen is None else seen
+    found: set[Node] = set()
     pending = [node for value in starts for node in readers(value)]
     while pending:
         node = pending.pop()
@@ -406,13 +406,6 @@ def is_static(value: Value | None, depth: int = 10) -> bool:
     return node.is_a("Dims", FUSER) or (bool(node.inputs) and all(is_static(v, depth - 1) for v in node.inputs))
 
 
-def known(shape: Shape | None) -> tuple[int, ...] | None:
-    """`shape` when every dim is an int."""
-    if shape is None or not all(isinstance(dim, int) for dim in shape):
-        return None
-    return tuple(int(dim) for dim in shape)
-
-
 __all__ = [
     "FUSER",
     "MICROSOFT",
@@ -422,7 +415,6 @@ __all__ = [
     "Origin",
     "Value",
     "is_static",
-    "known",
     "mentioned",
     "producers",
     "reaches",

@@ -208,4 +208,4 @@ def function_proto(body: Graph, attributes: Sequence[str]) -> onnx.FunctionProto
     )
 
 
-__all__ = ["PARAMETERS", "TARGETS", "Emitter", "lower"]
+__all__ = ["TARGETS", "Emitter", "lower"]

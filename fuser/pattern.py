@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fuser.graph import FUSER, MICROSOFT, Node, Value
 
@@ -184,7 +184,6 @@ class _Namespace:
 
 class _Ops(_Namespace):
     microsoft = _Namespace(MICROSOFT)
-    fuser = _Namespace(FUSER)
 
 
 op = _Ops("")
@@ -247,10 +246,6 @@ def applies(condition: object) -> None:
     """Refuses a match silently: what was found is not the construct at all."""
     if not condition:
         raise NotThis
-
-
-def never(reason: str) -> NoReturn:
-    raise CheckFailed(reason)
 
 
 @dataclass

@@ -30,7 +30,6 @@ class Miss:
     found: str
     rank: int
     count: int = 1
-    anchor: Node | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -168,7 +167,7 @@ def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) ->
         module = anchor.origin.module or place.origin.module
         misses[key] = Miss(
             operator.name, module, describe_node(place).split(" at ")[-1], failure.matched, failure.total, failure.line,
-            failure.expected, failure.found, failure.rank, anchor=anchor,
+            failure.expected, failure.found, failure.rank,
         )  # fmt: skip
     return sorted(misses.values(), key=lambda miss: (miss.rank, -miss.matched / max(1, miss.total)))
 
