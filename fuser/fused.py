@@ -19,8 +19,9 @@ import torch
 from fuser import dims
 from fuser.constants import Constant
 from fuser.dims import Dim, Shape
+from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Node, Value
-from fuser.pattern import Apply, Either, Match, Pattern, Result, Var, _apply, require
+from fuser.pattern import Apply, Either, Match, Pattern, Result, Var, _apply, caller, require
 from fuser.shapes import RULES, Inferred
 
 Lowering = Callable[..., Any]
@@ -202,7 +203,10 @@ class FusedOp:
     lowerings: dict[str, Lowering] = field(default_factory=dict)
     opsets: dict[str, int] = field(default_factory=dict)
     example_sets: list[dict[str, Any]] = field(default_factory=list)
+    recognizer: Callable[[Any], None] | None = None  # of `fuser.recognition`
+    recognizer_line: str = ""
     _shapes: Callable[..., Sequence[Shape]] | None = None
+    _types: Callable[..., Sequence[DType | None]] | None = None
     _kind: Callable[[Node], str] | None = None
 
     def __call__(self, *inputs: Any, outputs: int | None = None, **attributes: Any) -> Any:
@@ -230,8 +234,18 @@ class FusedOp:
         return register
 
     def shapes(self, function: Callable[..., Sequence[Shape]]) -> Callable[..., Sequence[Shape]]:
-        """Declares output shapes the signature cannot state: f(bound dims, **attributes)."""
+        """Declares output shapes the signature cannot state: f(bound dims, inputs, **attributes)."""
         self._shapes = function
+        return function
+
+    def types(self, function: Callable[..., Sequence[DType | None]]) -> Callable[..., Sequence[DType | None]]:
+        """Declares the outputs' types where they are not the first input's: f(inputs, attributes)."""
+        self._types = function
+        return function
+
+    def recognizes(self, function: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Declares how the operator is recognised by what it holds: f(Recognition), see `fuser.recognition`."""
+        self.recognizer, self.recognizer_line = function, caller()
         return function
 
     def kind(self, function: Callable[[Node], str]) -> Callable[[Node], str]:
@@ -248,7 +262,7 @@ class FusedOp:
 
     def output_shapes(self, values: Sequence[Value | None], attributes: Mapping[str, Any]) -> list[Shape]:
         bound = self.signature.bind(self.name, values)
-        return list(self._shapes(bound, **attributes)) if self._shapes else self.signature.output_shapes(bound)
+        return list(self._shapes(bound, values, **attributes)) if self._shapes else self.signature.output_shapes(bound)
 
     def evaluate(self, inputs: Sequence[torch.Tensor | None], attributes: Mapping[str, Any]) -> list[torch.Tensor]:
         found = self.reference(*inputs, **attributes)
@@ -262,8 +276,11 @@ class FusedOp:
         return [(before, after) for before, after in pairs if before is not None and after is not None]
 
     def _infer(self, graph: Graph, node: Node) -> list[Inferred]:
+        shapes = self.output_shapes(node.inputs, node.attributes)
+        if self._types:
+            return list(zip(self._types(node.inputs, node.attributes), shapes, strict=True))
         first = node.inputs[0]
-        return [(first.dtype if first else None, shape) for shape in self.output_shapes(node.inputs, node.attributes)]
+        return [(first.dtype if first else None, shape) for shape in shapes]
 
 
 REGISTRY: dict[str, FusedOp] = {}

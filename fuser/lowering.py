@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 
 from fuser.constants import Array
+from fuser.content import content
 from fuser.dtypes import DType
 from fuser.errors import UsageError
 from fuser.fused import REGISTRY, FusedOp
@@ -55,6 +56,15 @@ class Emitter:
 
     def constant(self, data: Any, dtype: DType, stem: str = "const") -> Value:
         return self._graph.constant(Array.of(data, dtype), stem)
+
+    def size(self, shape: Value, axis: int) -> Value:
+        """The int64 scalar that a vector of sizes holds at `axis`."""
+        known = content(shape)
+        if known is None:
+            return self.Squeeze(self.Gather(shape, self.constant((axis,), DType.INT64), axis=0), axes=(0,))
+        node = self._graph.add("Dims", [], {"dims": known[axis]}, domain=FUSER, outputs=["dims"], like=self._like)
+        infer_node(self._graph, node)
+        return node.output
 
     def CastLike(self, value: Value, like: Value) -> Any:  # noqa: N802  (an operator)
         """As a Cast: the type is known, and CastLike is younger than the oldest opset."""

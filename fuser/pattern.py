@@ -51,7 +51,7 @@ class Pattern:
         return _binary("MatMul", self, other)
 
     def __neg__(self) -> "Pattern":
-        return Result(Apply("Neg", "", (self,), {}, _caller()))
+        return Result(Apply("Neg", "", (self,), {}, caller()))
 
 
 @dataclass(eq=False, frozen=True)
@@ -149,17 +149,17 @@ def _pattern(x: Any) -> Pattern | None:
 
 
 def _binary(name: str, a: Any, b: Any) -> "Pattern":
-    return Result(Apply(name, "", (_pattern(a), _pattern(b)), {}, _caller()))
+    return Result(Apply(name, "", (_pattern(a), _pattern(b)), {}, caller()))
 
 
 def _apply(
     name: str, inputs: Sequence[Any], attributes: dict[str, Any] | None = None, domain: str = "", outputs: int = 1
 ) -> Any:
-    node = Apply(name, domain, tuple(_pattern(x) for x in inputs), attributes or {}, _caller(), outputs)
+    node = Apply(name, domain, tuple(_pattern(x) for x in inputs), attributes or {}, caller(), outputs)
     return Result(node) if outputs == 1 else tuple(Result(node, i) for i in range(outputs))
 
 
-def _caller() -> str:
+def caller() -> str:
     """`folder/file.py:line` of the pattern's author."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, "fuser.fused"):

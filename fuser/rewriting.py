@@ -10,6 +10,7 @@ from fuser.fused import FusedOp, Source
 from fuser.graph import FUSER, Graph, Node, Origin, Value
 from fuser.matching import CHECK, Failure, Matcher, describe_node, operator_counts
 from fuser.pattern import Match
+from fuser.recognition import recognize
 
 # How much of a pattern must match before a structural failure counts as a near miss.
 NEAR = 0.6
@@ -38,6 +39,7 @@ class Outcome:
 
     fused: dict[str, int] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
+    recognize_s: float = 0.0
     match_s: float = 0.0
     check_s: float = 0.0
     checked: int = 0
@@ -54,6 +56,9 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
     """
     outcome, checker = Outcome(), Checker(graph.opset)
     failures: list[tuple[FusedOp, Failure, Node]] = []
+    start = perf_counter()
+    refusals = recognize(graph, operators)
+    outcome.recognize_s = perf_counter() - start
     for operator in operators:
         for source in operator.sources:
             failures += _apply(graph, operator, source, checker if verify else None, outcome)

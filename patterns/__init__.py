@@ -2,6 +2,7 @@
 
 from fuser.fused import FusedOp
 from fuser.patterns.attention import attention
+from fuser.patterns.attention_mask import attention_mask
 from fuser.patterns.gated_mlp import gated_mlp
 from fuser.patterns.gelu import gelu
 from fuser.patterns.gelu_tanh import gelu_tanh
@@ -9,6 +10,7 @@ from fuser.patterns.layer_norm import layer_norm
 from fuser.patterns.packed_linear import packed_linear
 from fuser.patterns.rms_norm import rms_norm
 from fuser.patterns.rotary import rotary
+from fuser.patterns.rotary_table import rotary_table
 from fuser.patterns.silu import silu
 from fuser.patterns.skip_layer_norm import skip_layer_norm
 from fuser.patterns.skip_rms_norm import skip_rms_norm
@@ -16,6 +18,8 @@ from fuser.patterns.skip_rms_norm import skip_rms_norm
 # In the order they are tried: a LayerNorm contains an RMSNorm of the centered input, and the later ones are made of
 # the earlier ones' nodes.
 ALL: tuple[FusedOp, ...] = (
+    attention_mask,
+    rotary_table,
     layer_norm,
     rms_norm,
     skip_layer_norm,

@@ -28,7 +28,7 @@ def packed_linear(
 
 
 @packed_linear.shapes
-def _(bound: dict[str, Any], *, sizes: Sequence[int], role: str) -> list[Shape]:
+def _(bound: dict[str, Any], inputs: Sequence[Value | None], *, sizes: Sequence[int], role: str) -> list[Shape]:
     require(sum(sizes) == bound["N"], f"packed_linear: sizes must add up to N={bound['N']}, got {tuple(sizes)}")
     lead = tuple(bound[f"*B.{i}"] for i in range(bound["*B"]))
     return [(*lead, size) for size in sizes]

@@ -1,0 +1,272 @@
+"""Attention masks by what they hold: causal, sliding-window and padding masks, however an exporter builds them.
+
+allowed[b, 0, i, j] = -left <= j - (P + i) <= right and padding[b, j], with P = T - S tokens before the first query.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuser import dims
+from fuser.content import content
+from fuser.dims import Shape
+from fuser.dtypes import DType
+from fuser.fused import fused_op
+from fuser.graph import FUSER, Value
+from fuser.pattern import require
+from fuser.recognition import Disagrees, Recognition, Subject
+
+MASKED = -1e4  # a number that is added to scores to mask them is at most this
+FAR = 1 << 17  # the longest window that is looked for
+
+
+@fused_op("shape[R], padding[B, T]? -> allowed[*M]")
+def attention_mask(
+    shape: Tensor, padding: Tensor | None = None, *, left_window: int = -1, right_window: int = -1
+) -> Tensor:
+    """bool, True: attend. `shape` holds the result's: [B or 1, 1, S or 1, T] or [S, T].
+
+    Query i stands at position P + i, P = T - S, and sees keys from `left_window` before it to `right_window` after it (-1:
+    all; causal is right_window=0). padding [B, T], of any type: 0 where a key is none.
+    """
+    *_, S, T = wanted = shape.tolist()
+    distance = torch.arange(T) - (torch.arange(S)[:, None] + T - S)
+    allowed = torch.ones(S, T, dtype=torch.bool)
+    if left_window >= 0:
+        allowed &= distance >= -left_window
+    if right_window >= 0:
+        allowed &= distance <= right_window
+    if padding is not None:
+        allowed = allowed & (padding != 0)[:, None, None, :]
+    return allowed.expand(wanted)
+
+
+@attention_mask.shapes
+def _(bound: dict[str, Any], inputs: Sequence[Value | None], **windows: int) -> list[Shape]:
+    shape = content(inputs[0])
+    require(isinstance(shape, tuple), "attention_mask: the shape must be known", inputs[0])
+    return [shape]
+
+
+@attention_mask.types
+def _(inputs: Sequence[Value | None], attributes: dict[str, Any]) -> list[DType]:
+    return [DType.BOOL]
+
+
+@attention_mask.recognizes
+def _(recognition: Recognition) -> None:
+    for subject in recognition.subjects:
+        value = subject.value
+        if not _has_the_form(value) or any((given.rank or 0) > 2 for given in subject.inputs):
+            continue  # a mask that is fed in ready made is nobody's to recognise
+        try:
+            held = _held(subject, next(_instances(subject)))
+        except (Disagrees, StopIteration):
+            continue
+        if held is None:
+            continue
+        try:
+            left, right, lowest = _closed_form(subject)
+        except Disagrees as reason:
+            expected = "allowed[b, 0, i, j] = -left <= j - (past + i) <= right and padding[b, j]"
+            recognition.refuse(attention_mask, subject, expected, str(reason))
+            continue
+        padding = subject.inputs[0] if subject.inputs and _depends_on_padding(subject) else None
+        shape = recognition.emit("Dims", subject, [], {"dims": value.shape}, domain=FUSER)
+        windows = {"left_window": left, "right_window": right}
+        new = recognition.emit(attention_mask.name, subject, [shape, padding], windows, domain=FUSER)
+        if value.dtype is not None and value.dtype is not DType.BOOL:
+            numbers = [recognition.constant(number, value.dtype) for number in (0.0, lowest)]
+            new = recognition.emit("Where", subject, [new, *numbers])
+        recognition.replace(subject, new)
+
+
+def _has_the_form(value: Value) -> bool:
+    """Whether a value may be added to scores [B, H, S, T], or choose among them, alike for all heads."""
+    shape = value.shape or ()
+    is_mask = value.dtype is DType.BOOL or (value.dtype is not None and value.dtype.is_float)
+    return is_mask and (len(shape) == 2 or (len(shape) == 4 and shape[1] == 1))
+
+
+@dataclass(frozen=True)
+class _Instance:
+    """Sizes of one evaluation, and which tokens are padding."""
+
+    B: int
+    S: int
+    T: int
+    padding: str = "none"
+
+    def tokens(self) -> Tensor:
+        """[B, T], 1 where there is a token and 0 where there is padding."""
+        found = torch.ones(self.B, self.T, dtype=torch.int64)
+        part = max(1, self.T // 3)
+        if self.padding == "left":
+            found[0, :part] = 0
+        elif self.padding == "right":
+            found[-1, -part:] = 0
+        elif self.padding == "scattered":
+            found[0, 1::3], found[-1, ::2] = 0, 0
+        elif self.padding == "everywhere":
+            found[0] = 0
+        return found
+
+    def __str__(self) -> str:
+        padded = "" if self.padding == "none" else f", padding {self.padding}"
+        return f"batch {self.B}, {self.S} new tokens on {self.T - self.S}{padded}"
+
+
+# (B, S, P, padding); odd sizes, no past, one token, all kinds of padding.
+_CASES = (
+    (1, 3, 2, "none"), (2, 5, 3, "none"), (3, 7, 0, "none"), (1, 1, 0, "none"), (2, 1, 6, "none"), (2, 3, 5, "left"),
+    (2, 4, 3, "right"), (3, 5, 4, "scattered"), (2, 3, 4, "everywhere"), (2, 6, 0, "left"), (2, 6, 0, "right"), (2, 1, 9, "left"),
+)  # fmt: skip
+
+
+def _instances(subject: Subject) -> Iterator[_Instance]:
+    """The instances that a subject's fixed dims allow; those that show where a window ends come last."""
+    shape = subject.value.shape or ()
+    lengths = [number for number in subject.numbers if number <= FAR]
+    far = [(1, 3, lengths[-1] + 2, "none"), (2, 3, lengths[-1] + 2, "left")] if lengths else []
+    between = [(2, 5, length + shift, "left") for length in lengths[-3:] for shift in (-4, -3, -1)]
+    for B, S, P, padding in (*_CASES, *((b, s, max(0, p), padding) for b, s, p, padding in (*between, *far))):
+        batch = shape[0] if len(shape) == 4 and isinstance(shape[0], int) and subject.inputs else B
+        new = shape[-2] if isinstance(shape[-2], int) else S
+        total = shape[-1] if isinstance(shape[-1], int) else new + P
+        instance = _Instance(batch if isinstance(batch, int) else B, new, total, padding)
+        if total >= new and _sizes(subject, instance) is not None:
+            yield instance
+
+
+def _sizes(subject: Subject, instance: _Instance) -> dict[Any, int] | None:
+    shape = subject.value.shape or ()
+    wanted = [(shape[-2], instance.S), (shape[-1], instance.T)]
+    if len(shape) == 4 and shape[0] != 1:
+        wanted.append((shape[0], instance.B))
+    for given in subject.inputs:
+        assert given.shape is not None
+        wanted += zip(given.shape, (instance.B, instance.T), strict=False)
+    return subject.sizes(wanted, instance.T)
+
+
+def _held(subject: Subject, instance: _Instance) -> tuple[Tensor, float] | None:
+    """(what is allowed, the number that masks) on an instance; None where that is not what the value says."""
+    sizes = _sizes(subject, instance)
+    assert sizes is not None
+    given = {}
+    for value in subject.inputs:
+        tokens = instance.tokens()
+        dtype = torch.float64 if value.dtype is None or value.dtype.is_float else getattr(torch, str(value.dtype))
+        given[value] = tokens.to(dtype)[: dims.concrete((value.shape or ())[:1], sizes)[0]]
+    found = subject.evaluate(sizes, given)
+    if found.dtype == torch.bool:
+        return found, 0.0
+    others = found[found != 0]
+    if others.isnan().any() or (others > MASKED).any():
+        return None
+    lowest = others[0].item() if others.numel() else 0.0
+    return (found == 0, lowest) if bool((others == lowest).all()) else None
+
+
+def _closed_form(subject: Subject) -> tuple[int, int, float]:
+    """(left_window, right_window, the number that masks).
+
+    Raises:
+        Disagrees: the closed form does not hold on some instance.
+    """
+    if len(subject.inputs) > 1:
+        names = ", ".join(given.name for given in subject.inputs)
+        raise Disagrees(f"it depends on {names}, of which one may be the padding")
+    instances = list(_instances(subject))
+    probe = max((i for i in instances if i.padding == "none"), key=lambda i: (i.T, i.S), default=instances[-1])
+    left, right = _windows(subject, probe)
+    numbers: set[float] = set()
+    for instance in instances:
+        held = _held(subject, instance)
+        if held is None:
+            raise Disagrees(f"{instance}: masked scores get different numbers")
+        allowed, lowest = held
+        sizes = _sizes(subject, instance)
+        padding = instance.tokens() if subject.inputs and _depends_on_padding(subject) else None
+        shape = dims.concrete(subject.value.shape or (), sizes or {})
+        wanted = attention_mask.reference(torch.tensor(shape), padding, left_window=left, right_window=right)
+        if allowed.shape != wanted.shape:
+            raise Disagrees(f"{instance}: it has shape {list(allowed.shape)}")
+        if not torch.equal(allowed, wanted):
+            *lead, i, j = (allowed != wanted).nonzero()[0].tolist()
+            attends = "attends" if allowed[(*lead, i, j)] else "does not attend"
+            row = f"query {i}" + (f" of sequence {lead[0]}" if lead else "")
+            form = f"left {left}, right {right}" if left >= 0 else "causal" if right == 0 else "no window"
+            raise Disagrees(f"{instance}: {row} {attends} to key {j} ({form})")
+        if not allowed.all():
+            numbers.add(lowest)
+    if len(numbers) > 1:
+        raise Disagrees(f"masked scores get {' or '.join(f'{number:g}' for number in sorted(numbers))}")
+    return left, right, numbers.pop() if numbers else -math.inf
+
+
+def _windows(subject: Subject, instance: _Instance) -> tuple[int, int]:
+    """How far queries see to the left and to the right, -1 for all the way, as an instance without padding shows."""
+    held = _held(subject, instance)
+    if held is None:
+        raise Disagrees(f"{instance}: masked scores get different numbers")
+    allowed = held[0].reshape(-1, *held[0].shape[-2:])
+    if not (allowed == allowed[0]).all():
+        raise Disagrees(f"{instance}: sequences differ")
+    S, T = allowed.shape[-2:]
+    distance = torch.arange(T) - (torch.arange(S)[:, None] + T - S)
+    seen = distance[allowed[0]]
+    if not seen.numel():
+        raise Disagrees(f"{instance}: no query attends to any key")
+    nearest, farthest = int(seen.max()), int(-seen.min())
+    left = -1 if farthest == T - 1 else farthest
+    right = -1 if nearest == S - 1 else nearest
+    if left < -1 or right < -1 or (right > 0 and right != left):
+        raise Disagrees(f"{instance}: queries attend to keys from {-farthest} to {nearest} of their own position")
+    return left, right
+
+
+def _depends_on_padding(subject: Subject) -> bool:
+    """Whether the input says which tokens are padding, or is just there."""
+    for instance in _instances(subject):
+        if instance.padding == "scattered":
+            held, whole = _held(subject, instance), _held(subject, replace(instance, padding="none"))
+            return held is not None and whole is not None and not torch.equal(held[0], whole[0])
+    return True
+
+
+@attention_mask.lower("functions")
+def _(op: Any, shape: Any, padding: Any, *, left_window: int, right_window: int) -> Any:
+    dims_ = content(shape)
+    S, T = (op.size(shape, axis) for axis in (-2, -1))
+    zero, one = (op.constant(number, DType.INT64) for number in (0, 1))
+    parts = []
+    if left_window >= 0 or right_window >= 0:
+        keys = op.Range(zero, T, one)
+        queries = op.Unsqueeze(op.Range(op.Sub(T, S), T, one), axes=(-1,))
+        if right_window >= 0:
+            last = op.Add(queries, op.constant(right_window, DType.INT64)) if right_window else queries
+            parts.append(op.LessOrEqual(keys, last))
+        if left_window >= 0:
+            parts.append(op.GreaterOrEqual(keys, op.Sub(queries, op.constant(left_window, DType.INT64))))
+    if padding is not None:
+        parts.append(op.Unsqueeze(op.Cast(padding, to=DType.BOOL.onnx), axes=(1, 2)))
+    allowed = reduce(op.And, parts) if parts else op.constant(True, DType.BOOL)
+    return allowed if dims_ is not None and allowed.shape == dims_ else op.Expand(allowed, shape)
+
+
+attention_mask.lower("ort")(attention_mask.lowerings["functions"])
+
+_SIZES = {"B": 2, "S": 3, "T": 7, "R": 4}
+attention_mask.examples(
+    {**_SIZES, "shape_": ("B", 1, "S", "T"), "left_window": -1, "right_window": 0},
+    {**_SIZES, "shape_": ("B", 1, "S", "T"), "left_window": 4, "right_window": 0},
+    {**_SIZES, "shape_": ("B", 1, 1, "T"), "left_window": -1, "right_window": -1},
+    {**_SIZES, "shape_": ("S", "T"), "left_window": -1, "right_window": 0, "without": ("padding",)},
+    {**_SIZES, "shape_": (1, 1, "S", "T"), "left_window": 2, "right_window": 2, "without": ("padding",)},
+)
