@@ -21,7 +21,7 @@ from fuser.constants import Constant
 from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Node, Value
-from fuser.pattern import Apply, Either, Match, Pattern, Result, Var, _apply, caller, require
+from fuser.pattern import Apply, Either, Joined, Match, Pattern, Result, Var, _apply, caller, require
 from fuser.shapes import RULES, Inferred
 
 Lowering = Callable[..., Any]
@@ -120,17 +120,21 @@ class Source:
     function: Callable[..., Any]
     outputs: tuple[Pattern, ...] = ()
     nodes: list[Apply] = field(default_factory=list)
+    reader: Result | None = None  # the node behind the outputs, by which they are found
     _attributes: Callable[[Match], dict[str, Any]] | None = None
     _inputs: Callable[[Match], Inputs] | None = None
 
     def __post_init__(self) -> None:
         traced = self.function(*(Var(name) for name in inspect.signature(self.function).parameters))
+        self.reader = traced.by if isinstance(traced, Joined) else None
+        if isinstance(traced, Joined):
+            traced = traced.outputs
         self.outputs = traced if isinstance(traced, tuple) else (traced,)
         seen: dict[int, None] = {}
-        for pattern in self.outputs:
+        for pattern in (*self.outputs, self.reader):
             self._collect(pattern, seen)
         required = [node for node in self.nodes if self._is_required(node)]
-        self.required = required or self.nodes
+        self.required = [self.reader.node] if self.reader is not None else required or self.nodes
         self.size = len(_fewest(self.outputs))
 
     def _collect(self, pattern: Pattern | None, seen: dict[int, None]) -> None:

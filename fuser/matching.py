@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from operator import attrgetter
 from typing import Any
 
 import onnx
@@ -175,7 +176,7 @@ class Matcher:
                 return
 
     def _results(self) -> Iterator[Result]:
-        pending: list[Pattern | None] = list(self.source.outputs)
+        pending: list[Pattern | None] = [*self.source.outputs, self.source.reader]
         seen: set[int] = set()
         while pending:
             pattern = pending.pop(0)
@@ -336,8 +337,12 @@ class Matcher:
         if self._wrong:
             self._fail(STRUCTURE, *self._wrong[0], matched=self.total - len(self._wrong))
             return None
-        kept = frozenset(self._nodes[id(node)] for node in self.source.nodes if node.kept and id(node) in self._nodes)
-        match = Match(dict(self._vars), dict(self._attributes), dict(self._nodes), tuple(self._outputs), kept)
+        found = [(node, self._nodes[id(node)]) for node in self.source.nodes if id(node) in self._nodes]
+        kept, beyond = (
+            frozenset(node for wanted, node in found if flag(wanted))
+            for flag in (attrgetter("kept"), attrgetter("beyond"))
+        )
+        match = Match(dict(self._vars), dict(self._attributes), dict(self._nodes), tuple(self._outputs), kept, beyond)
         region = match.region
         inside, outputs = set(region), set(match.outputs)
         for node in region:

@@ -99,6 +99,7 @@ class Apply:
     line: str
     outputs: int = 1
     kept: bool = False  # matched and checked with the rest, but not replaced
+    beyond: bool = False  # matched behind the outputs, to find what belongs together
 
     def __str__(self) -> str:
         inputs = [_brief(p) for p in self.inputs]
@@ -209,6 +210,22 @@ def keep(pattern: Any) -> Any:
     return pattern
 
 
+@dataclass(eq=False, frozen=True)
+class Joined:
+    """Outputs that belong together because of what reads them."""
+
+    outputs: tuple[Pattern, ...]
+    by: Result
+
+
+def joined(*outputs: Any, by: Any) -> Joined:
+    """The outputs of a source that meet in a node behind it, which is no part of the match."""
+    if not isinstance(by, Result) or not all(isinstance(output, Pattern) for output in outputs):
+        raise TypeError("joined() takes outputs and the node that reads them")
+    by.node.beyond = True
+    return Joined(outputs, by)
+
+
 def number(name: str) -> Pattern:
     """A variable for a constant that is one number."""
     return Var(name, scalar=True)
@@ -257,6 +274,7 @@ class Match:
     nodes: dict[int, Node]
     outputs: tuple[Value, ...]
     kept: frozenset[Node] = frozenset()
+    beyond: frozenset[Node] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         """The value a variable matched; None where its alternative was not taken."""
@@ -267,7 +285,7 @@ class Match:
     @property
     def region(self) -> list[Node]:
         """The nodes the match replaces, in order."""
-        return sorted(set(self.nodes.values()) - self.kept, key=lambda node: node.place or 0.0)
+        return sorted(set(self.nodes.values()) - self.kept - self.beyond, key=lambda node: node.place or 0.0)
 
     @property
     def context(self) -> list[Node]:

@@ -63,6 +63,7 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
         for source in operator.sources:
             failures += _apply(graph, operator, source, checker if verify else None, outcome)
         graph.sort()
+    graph.prune()
     for node in graph.nodes:
         operator_of_node = next((op for op in operators if node.is_a(op.name, FUSER)), None)
         if operator_of_node is not None:

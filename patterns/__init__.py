@@ -3,6 +3,7 @@
 from fuser.fused import FusedOp
 from fuser.patterns.attention import attention
 from fuser.patterns.attention_mask import attention_mask
+from fuser.patterns.cache_write import cache_write
 from fuser.patterns.gated_mlp import gated_mlp
 from fuser.patterns.gelu import gelu
 from fuser.patterns.gelu_tanh import gelu_tanh
@@ -10,6 +11,7 @@ from fuser.patterns.layer_norm import layer_norm
 from fuser.patterns.packed_linear import packed_linear
 from fuser.patterns.rms_norm import rms_norm
 from fuser.patterns.rotary import rotary
+from fuser.patterns.rotary_cache_write import rotary_cache_write
 from fuser.patterns.rotary_table import rotary_table
 from fuser.patterns.silu import silu
 from fuser.patterns.skip_layer_norm import skip_layer_norm
@@ -31,6 +33,8 @@ ALL: tuple[FusedOp, ...] = (
     packed_linear,
     rotary,
     attention,
+    cache_write,
+    rotary_cache_write,
 )
 
 __all__ = ["ALL"]

@@ -1,35 +1,44 @@
 """Attention: y = softmax(softcap(q k^T * scale) + mask) v, with grouped heads. arXiv:1706.03762, arXiv:2305.13245."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fuser import dims
+from fuser.dims import Shape
 from fuser.dtypes import DType
 from fuser.fused import Inputs, Source, fused_op
 from fuser.graph import Value
 from fuser.pattern import Match, applies, capture, either, keep, maybe, number, op, optional, require
+from fuser.patterns.heads import arranged, by_head, require_heads, shape_by_head, split_heads
 
 
-@fused_op("q[B, H, S, Dh], k[B, G, T, Dh], v[B, G, T, Dv], mask[*M]? -> y[B, H, S, Dv]")
+@fused_op("q[*Q], k[*K], v[*V], mask[*M]? -> y[*Y]")
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
     *,
+    heads: Sequence[int],
     scale: float,
     softcap: float = 0.0,
     guarded: bool = False,
+    merged: bool = False,
 ) -> Tensor:
-    """q [B, H, S, Dh], k [B, G, T, Dh], v [B, G, T, Dv]; each key head serves H / G query heads; softmax in float32.
+    """q [B, H, S, Dh] or [B, S, H Dh], k [B, G, T, Dh] or [B, T, G Dh], v likewise, heads = (H, G); y [B, H, S, Dv], or
+    [B, S, H Dv] if `merged`. Each key head serves H / G query heads; softmax in float32.
 
     `mask` broadcasts to [B, H, S, T]: bool (True: attend), or float, added in its own type after `softcap` (0: none).
     A row whose scores are all minus infinity gives zeros if `guarded`, else nothing defined (here NaN).
     """
+    H, G = heads
+    q, k, v = by_head(q, H), by_head(k, G), by_head(v, G)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    keys, values = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    keys, values = (x.to(wide).repeat_interleave(H // G, dim=1) for x in (k, v))
     scores = q.to(wide) @ keys.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -38,7 +47,22 @@ def attention(
     elif mask is not None:
         scores = (scores.to(mask.dtype) + mask).to(wide)
     weights = scores.softmax(-1)
-    return ((weights.nan_to_num(0.0) if guarded else weights) @ values).to(q.dtype)
+    y = ((weights.nan_to_num(0.0) if guarded else weights) @ values).to(q.dtype)
+    return y.transpose(1, 2).flatten(2) if merged else y
+
+
+@attention.shapes
+def _(
+    bound: dict[str, Any], inputs: Sequence[Value | None], *, heads: tuple[int, int], merged: bool, **others: Any
+) -> list[Shape]:
+    q, k, v = (
+        shape_by_head(value.shape or (), count) if value is not None else ()
+        for value, count in zip(inputs, (heads[0], heads[1], heads[1]), strict=False)
+    )
+    require(q[3] == k[3] and q[0] == k[0] == v[0], "attention: queries and keys must have one batch and width", inputs[0])
+    require(k[:3] == v[:3], "attention: keys and values must have the same heads and tokens", inputs[2])
+    batch, count, length, width = q[0], heads[0], q[2], v[3]
+    return [(batch, length, dims.mul(count, width)) if merged else (batch, count, length, width)]
 
 
 def _repeated(x: Any) -> Any:
@@ -87,26 +111,25 @@ def unmasked(q: Any, k: Any, v: Any) -> Any:
     return _weighted(_scores(q, k), v)
 
 
-def _require_heads(m: Match) -> None:
-    """Shapes that lowerings write down: [B, H, S, Dh] with H, Dh known."""
+def _heads(m: Match) -> tuple[int, int]:
+    """(H, G) of queries and keys that are arranged by head."""
     for name in ("q", "k", "v"):
-        value = m.values[name]
-        shape = None if value is None else value.shape
-        known = shape is not None and len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
-        require(known, f"attention: {name} must be [B, heads, tokens, width] of known heads and width", value)
+        require_heads("attention", name, m.values[name])
+    return m.q.shape[1], m.k.shape[1]
 
 
 def _declare(source: Source) -> None:
     @source.attributes
     def _(m: Match) -> dict[str, Any]:
-        _require_heads(m)
+        heads = _heads(m)
         scales = [m.scalar(name) for name in ("q_scale", "k_scale", "scale") if name in m.values]
         softcap = m.scalar("outer") if "outer" in m.values else 0.0
         if softcap:
             capped = abs(softcap * m.scalar("inner") - 1) < 1e-3  # one over it may be stored in float16
             require(capped, "attention: softcap must divide before tanh and multiply after", m.inner)
         guarded = any(node.is_a("IsNaN") for node in m.region)
-        return {"scale": math.prod(scales, start=1.0), "softcap": softcap, "guarded": guarded}
+        scale = math.prod(scales, start=1.0)
+        return {"heads": heads, "scale": scale, "softcap": softcap, "guarded": guarded, "merged": False}
 
     @source.inputs
     def _(m: Match) -> Inputs:
@@ -146,32 +169,36 @@ def _(m: Match) -> dict[str, Any]:
     is_float = m.mask is not None and m.mask.dtype is not DType.BOOL
     # To the lowest number in a mask ONNX gives no meaning of its own, and ONNX Runtime that of minus infinity.
     applies(not is_float or (m.least is not None and m.scalar("least") <= LEAST[m.mask.dtype]))
-    _require_heads(m)
+    heads = _heads(m)
     scale = m.attributes["scale"]
     return {
+        "heads": heads,
         "scale": 1 / math.sqrt(m.q.shape[-1]) if scale is None else scale,
         "softcap": m.attributes["softcap"] or 0.0,
         "guarded": not is_float or any(node.is_a("Where") for node in m.region),
+        "merged": False,
     }
+
+
+@attention.source
+def tokens(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """With the arrangement by head before it, and of its result back."""
+    captured = {name: capture(name) for name in ("heads", "scale", "softcap", "guarded")}
+    y = attention(split_heads(q), split_heads(k), split_heads(v), optional(mask), **captured, merged=False)
+    return op.Reshape(op.Transpose(y, perm=(0, 2, 1, 3)))
+
+
+@tokens.attributes
+def _(m: Match) -> dict[str, Any]:
+    heads = m.attributes["heads"]
+    for name, count in (("q", heads[0]), ("k", heads[1]), ("v", heads[1])):
+        require_heads("attention", name, m.values[name], count)
+    require(m.outputs[0].rank == 3, "attention: heads must be merged to [B, S, heads * width]", m.outputs[0])
+    return {**m.attributes, "merged": True}
 
 
 # Above the type's lowest number, which some versions of ONNX Runtime take for minus infinity.
 LEAST = {DType.FLOAT16: -6e4, DType.BFLOAT16: -1e30, DType.FLOAT32: -1e30, DType.FLOAT64: -1e30}
-
-
-@attention.lower("ort", opset=23)
-def _(op: Any, q: Any, k: Any, v: Any, mask: Any, *, scale: float, softcap: float, guarded: bool) -> Any:
-    # Not all versions of ONNX Runtime mask after the soft-cap. In float16 its operator rounds more than the nodes it replaces
-    # do (on the CPU the error was up to 1.6 times the unfused model's).
-    if op.opset < 23 or q.dtype is DType.FLOAT16 or (softcap and mask is not None):
-        return attention.lowerings["functions"](op, q, k, v, mask, scale=scale, softcap=softcap, guarded=guarded)
-    given = mask
-    if mask is not None and mask.dtype is not DType.BOOL:
-        mask = op.Max(mask, op.constant(LEAST[mask.dtype], mask.dtype))
-    if mask is not None and mask.shape[-2:] != (q.shape[2], k.shape[2]):  # of the last two dims it broadcasts neither
-        mask = op.Expand(mask, shape=(*mask.shape[:-2], q.shape[2], k.shape[2]))
-    y = op.Attention(q, k, v, mask, scale=scale, softcap=softcap)
-    return y if given is None or not guarded else op.Where(_attends(op, given), y, op.constant(0.0, q.dtype))
 
 
 def _attends(op: Any, mask: Any) -> Any:
@@ -182,16 +209,20 @@ def _attends(op: Any, mask: Any) -> Any:
 
 
 @attention.lower("functions")
-def _(op: Any, q: Value, k: Value, v: Value, mask: Any, *, scale: Any, softcap: Any, guarded: bool) -> Any:
-    assert q.shape is not None and k.shape is not None and v.shape is not None
-    heads, groups, width = q.shape[1], k.shape[1], v.shape[3]
+def _(
+    op: Any, q: Any, k: Any, v: Any, mask: Any, *,
+    heads: Sequence[int], scale: Any, softcap: Any, guarded: bool, merged: bool,
+) -> Any:  # fmt: skip
+    H, G = heads
+    q, k, v = arranged(op, q, H), arranged(op, k, G), arranged(op, v, G)
+    width = v.shape[3]
 
     def shaped(x: Any, *shape: Any) -> Any:
         return op.Reshape(x, op.constant(shape, DType.INT64))
 
     # The query heads of a group are rows of one product: no key is repeated.
-    rows = shaped(op.Mul(q, op.scalar_like(scale, q)), 0, groups, -1, q.shape[3])
-    scores = shaped(op.MatMul(rows, op.Transpose(k, perm=(0, 1, 3, 2))), 0, heads, -1, 0)
+    rows = shaped(op.Mul(q, op.scalar_like(scale, q)), 0, G, -1, q.shape[3])
+    scores = shaped(op.MatMul(rows, op.Transpose(k, perm=(0, 1, 3, 2))), 0, H, -1, 0)
     if softcap:
         scores = op.Mul(op.Tanh(op.Div(scores, op.scalar_like(softcap, scores))), op.scalar_like(softcap, scores))
     if mask is not None and mask.dtype is DType.BOOL:
@@ -201,12 +232,15 @@ def _(op: Any, q: Value, k: Value, v: Value, mask: Any, *, scale: Any, softcap: 
     weights = op.Softmax(op.Cast(scores, to=op.FLOAT), axis=-1)
     if guarded:
         weights = op.Where(op.IsNaN(weights), op.scalar_like(0.0, weights), weights)
-    result = op.MatMul(shaped(op.CastLike(weights, q), 0, groups, -1, 0), v)
-    return shaped(result, 0, heads, -1, width)
+    result = shaped(op.MatMul(shaped(op.CastLike(weights, q), 0, G, -1, 0), v), 0, H, -1, width)
+    return shaped(op.Transpose(result, perm=(0, 2, 1, 3)), 0, 0, H * width) if merged else result
 
 
 _SIZES = {"B": 2, "S": 3, "T": 7, "Dh": 16, "Dv": 12}
-_GROUPED, _SINGLE = {**_SIZES, "H": 4, "G": 2}, {**_SIZES, "H": 3, "G": 3}
+_GROUPED = {**_SIZES, "heads": (4, 2), "Q": ("B", 4, "S", "Dh"), "K": ("B", 2, "T", "Dh"), "V": ("B", 2, "T", "Dv"), "merged": False}
+_SINGLE = {**_SIZES, "heads": (3, 3), "Q": ("B", 3, "S", "Dh"), "K": ("B", 3, "T", "Dh"), "V": ("B", 3, "T", "Dv"), "merged": False}
+_TOKENS = {**_SIZES, "heads": (4, 2), "Q": ("B", "S", 64), "K": ("B", "T", 32), "V": ("B", "T", 24), "merged": True}
+_CACHED = {**_GROUPED, "Q": ("B", "S", 64), "merged": True}
 _FULL, _KEYS = ("B", 1, "S", "T"), ("B", 1, 1, "T")
 attention.examples(
     {**_GROUPED, "scale": 0.25, "softcap": 0.0, "guarded": True, "without": ("mask",)},
@@ -219,4 +253,8 @@ attention.examples(
     {**_GROUPED, "M": _KEYS, "kinds": {"mask": "lowest"}, "scale": 0.25, "softcap": 5.0, "guarded": False},
     {**_GROUPED, "M": ("S", "T"), "kinds": {"mask": "infinite"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
     {**_SINGLE, "M": (3, "S", "T"), "scale": 1.0, "softcap": 5.0, "guarded": False},
+    {**_TOKENS, "M": _FULL, "kinds": {"mask": "bool"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_CACHED, "M": _FULL, "kinds": {"mask": "lowest"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
+    {**_TOKENS, "scale": 0.25, "softcap": 5.0, "guarded": False, "without": ("mask",)},
 )
+attention.lower("ort", opset=23)(attention.lowerings["functions"])
