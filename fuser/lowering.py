@@ -1,6 +1,6 @@
 """From fused nodes to what a target runs: contrib and standard operators, or functions with bodies of standard ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from fuser.constants import Array
 from fuser.content import content
 from fuser.dtypes import DType
 from fuser.errors import UsageError
-from fuser.fused import REGISTRY, FusedOp
+from fuser.fused import REGISTRY, FusedOp, Lowering
 from fuser.graph import FUSER, MICROSOFT, Graph, Node, Value
 from fuser.onnx_nodes import Reference, node_proto
 from fuser.shapes import infer_node
@@ -27,8 +27,11 @@ class Emitter:
 
     FLOAT = DType.FLOAT32.onnx
 
-    def __init__(self, graph: Graph, like: Node | None = None, domain: str = "") -> None:
+    def __init__(
+        self, graph: Graph, like: Node | None = None, domain: str = "", shared: dict[Any, Any] | None = None
+    ) -> None:
         self._graph, self._like, self._domain = graph, like, domain
+        self._shared = {} if shared is None else shared
 
     @property
     def opset(self) -> int:
@@ -38,7 +41,25 @@ class Emitter:
     @property
     def microsoft(self) -> "Emitter":
         """The operators ONNX Runtime contributes."""
-        return Emitter(self._graph, self._like, MICROSOFT)
+        return Emitter(self._graph, self._like, MICROSOFT, self._shared)
+
+    @property
+    def node(self) -> Node | None:
+        """The fused node that is lowered."""
+        return self._like
+
+    def once(self, key: Any, make: Callable[["Emitter"], Any], after: Value) -> Any:
+        """What `make` emits right behind `after`, shared by all that ask for the same key."""
+        key = (id(after), key)
+        if key not in self._shared:
+            self._shared[key] = make(Emitter(self._graph, after.producer, self._domain, self._shared))
+        return self._shared[key]
+
+    def take_over(self, node: Node, outputs: Mapping[int, Value]) -> None:
+        """Lowers another fused node too: these are its outputs; nothing may read the others any more."""
+        for index, new in outputs.items():
+            _provide(self._graph, node.outputs[index], new)
+        self._graph.remove(node)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def emit(*inputs: Value | None, outputs: int = 1, **attributes: Any) -> Any:
@@ -100,14 +121,16 @@ def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
         raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
     _raise_opset(graph, target)
     functions = _Functions(graph.opset) if target == "functions" else None
-    for node in list(graph.nodes):
+    shared: dict[Any, Any] = {}
+    # Backwards: a node that is lowered sees the fused nodes it reads, and may take them over.
+    for node in reversed(list(graph.nodes)):
         operator = REGISTRY.get(node.op) if node.domain == FUSER else None
-        if operator is None:
+        if operator is None or node not in graph.nodes:
             continue
         if functions is not None:
             functions.call(node, operator)
         else:
-            _replace(graph, node, operator.lowerings[target])
+            _replace(graph, node, operator.lowerings[target], shared)
     Spelling(graph).spell()
     return list(functions.bodies.values()) if functions is not None else []
 
@@ -145,18 +168,25 @@ def _carries_over(op: str, old: int, new: int) -> bool:
     )
 
 
-def _replace(graph: Graph, node: Node, lowering: Callable[..., Any]) -> None:
+def _replace(graph: Graph, node: Node, lowering: Lowering, shared: dict[Any, Any]) -> None:
     operator = REGISTRY[node.op]
     inputs = node.inputs + [None] * (len(operator.signature.inputs) - len(node.inputs))
-    found = lowering(Emitter(graph, node), *inputs, **node.attributes)
+    found = lowering(Emitter(graph, node, shared=shared), *inputs, **node.attributes)
     graph.remove(node)
     for old, new in zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=True):
-        # The value stays, with its name and its readers (a control-flow body among them); only its producer is new.
-        graph.replace(new, old)
-        maker = new.producer
-        assert maker is not None
-        maker.outputs[new.index] = old
-        old.producer, old.index = maker, new.index
+        _provide(graph, old, new)
+
+
+def _provide(graph: Graph, old: Value, new: Value) -> None:
+    """The old value stays, with its name and its readers (a control-flow body among them); only its producer is new."""
+    maker = new.producer
+    if maker is None:
+        maker = graph.add("Identity", [new])
+        maker.output.dtype, maker.output.shape = new.dtype, new.shape
+        new = maker.output
+    graph.replace(new, old)
+    maker.outputs[new.index] = old
+    old.producer, old.index = maker, new.index
 
 
 class _Functions:

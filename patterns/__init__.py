@@ -1,6 +1,7 @@
 """One file per fusion: its meaning, the source graphs exporters write for it, and its lowerings."""
 
 from fuser.fused import FusedOp
+from fuser.patterns import attention_targets  # noqa: F401  it declares lowerings
 from fuser.patterns.attention import attention
 from fuser.patterns.attention_mask import attention_mask
 from fuser.patterns.cache_write import cache_write

@@ -201,13 +201,6 @@ def _(m: Match) -> dict[str, Any]:
 LEAST = {DType.FLOAT16: -6e4, DType.BFLOAT16: -1e30, DType.FLOAT32: -1e30, DType.FLOAT64: -1e30}
 
 
-def _attends(op: Any, mask: Any) -> Any:
-    """Which rows may attend to something; of others versions of ONNX Runtime make zeros, the mean or no number."""
-    if mask.dtype is DType.BOOL:
-        return op.Cast(op.ReduceMax(op.Cast(mask, to=op.FLOAT), axes=(-1,), keepdims=1), to=DType.BOOL.onnx)
-    return op.Not(op.IsInf(op.ReduceMax(mask, axes=(-1,), keepdims=1)))
-
-
 @attention.lower("functions")
 def _(
     op: Any, q: Any, k: Any, v: Any, mask: Any, *,
@@ -257,4 +250,3 @@ attention.examples(
     {**_CACHED, "M": _FULL, "kinds": {"mask": "lowest"}, "scale": 0.25, "softcap": 0.0, "guarded": True},
     {**_TOKENS, "scale": 0.25, "softcap": 5.0, "guarded": False, "without": ("mask",)},
 )
-attention.lower("ort", opset=23)(attention.lowerings["functions"])

@@ -12,8 +12,8 @@ from torch import Tensor
 from fuser.dims import Shape
 from fuser.dtypes import DType
 from fuser.fused import fused_op
-from fuser.graph import Value
 from fuser.pattern import Match, applies, capture, keep, op, require
+from fuser.patterns.heads import arranged, as_tokens
 
 
 @fused_op("x[B, H, S, Dh], cos[*C], sin[*C] -> y[B, H, S, Dh]")
@@ -127,23 +127,46 @@ def _(m: Match) -> dict[str, Any]:
     return {"rotary_dim": m.attributes["rotary_dim"] or m.x.shape[-1], "interleaved": bool(m.attributes["interleaved"])}
 
 
-def _rows(table: Value) -> Shape | None:
-    """[B, S, R] of a table that has a row for each position of each sequence, the same for all heads."""
-    shape: Shape | None = table.shape
-    return (shape[0], *shape[2:]) if shape is not None and len(shape) == 4 and shape[1] == 1 else shape
-
-
 @rotary.lower("ort", opset=23)
 def _(op: Any, x: Any, cos: Any, sin: Any, *, rotary_dim: int, interleaved: bool) -> Any:
-    batch, heads, length, width = x.shape
-    fitting = {_rows(cos), _rows(sin)} == {(batch, length, rotary_dim // 2)}
+    tables = _tables(op, cos, sin, (x.shape[0], x.shape[2], rotary_dim // 2))
     # The operator has no float64; in float16 it rounds more than the nodes it replaces do.
-    if op.opset < 23 or not fitting or not isinstance(heads, int) or x.dtype in (DType.FLOAT16, DType.FLOAT64):
+    if op.opset < 23 or tables is None or not isinstance(x.shape[1], int) or x.dtype in (DType.FLOAT16, DType.FLOAT64):
         return rotary.lowerings["functions"](op, x, cos, sin, rotary_dim=rotary_dim, interleaved=interleaved)
-    tables = (table if len(table.shape) == 3 else op.Squeeze(table, axes=(1,)) for table in (cos, sin))
     # Some versions of ONNX Runtime want the number of heads where not every channel turns.
-    part = {} if rotary_dim == width else {"rotary_embedding_dim": rotary_dim, "num_heads": heads}
+    part = {} if rotary_dim == x.shape[3] else {"rotary_embedding_dim": rotary_dim, "num_heads": x.shape[1]}
     return op.RotaryEmbedding(x, *tables, **part, interleaved=int(interleaved))
+
+
+def _tables(op: Any, cos: Any, sin: Any, whole: Shape) -> list[Any] | None:
+    """Tables as `whole`, [B, S, R], a row for each position of each sequence; None where heads have their own."""
+    found = []
+    for table in (cos, sin):
+        rows = table.producer
+        if rows is not None and rows.is_a("Unsqueeze") and rows.attributes.get("axes") == (1,) and table.rank == 4:
+            table = rows.inputs[0]  # noqa: PLW2901
+        elif table.rank == 4 and table.shape[1] == 1:
+            table = op.once("rows", lambda op, table=table: op.Squeeze(table, axes=(1,)), table)  # noqa: PLW2901
+        if table.rank not in (2, 3) or table.shape[-2:] != whole[1:] or (table.rank == 3 and table.shape[0] not in (1, whole[0])):
+            return None
+        if table.shape != whole:
+            table = op.once("every sequence", lambda op, table=table: op.Expand(table, shape=whole), table)  # noqa: PLW2901
+        found.append(table)
+    return found
+
+
+def embedded(op: Any, x: Any, cos: Any, sin: Any, heads: int, *, rotary_dim: int, interleaved: bool) -> Any:
+    """Tokens [B, S, heads * Dh] turned, from tokens or from what is arranged by head, with an operator where that can be."""
+    batch, length = x.shape[0], x.shape[1 if x.rank == 3 else 2]
+    tables = _tables(op, cos, sin, (batch, length, rotary_dim // 2))
+    if tables is None or x.dtype is DType.FLOAT64:
+        turned = rotary.lowerings["functions"](
+            op, arranged(op, x, heads), cos, sin, rotary_dim=rotary_dim, interleaved=interleaved
+        )
+        return as_tokens(op, turned)
+    x = as_tokens(op, x)
+    part = {} if rotary_dim * heads == x.shape[2] else {"rotary_embedding_dim": rotary_dim}
+    return op.RotaryEmbedding(x, *tables, **part, num_heads=heads, interleaved=int(interleaved))
 
 
 @rotary.lower("functions")
