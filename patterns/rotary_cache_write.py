@@ -8,7 +8,7 @@ from torch import Tensor
 from fuser.dims import Shape
 from fuser.fused import fused_op
 from fuser.graph import Value
-from fuser.pattern import Match, capture, joined, optional
+from fuser.pattern import Match, capture, either, joined, keep, op, optional
 from fuser.patterns.attention import attention
 from fuser.patterns.cache_write import STATE, appended, cache_write
 from fuser.patterns.heads import arranged, by_head, require_heads, shape_by_head, split_heads
@@ -40,15 +40,19 @@ def _(bound: dict[str, Any], inputs: Sequence[Value | None], **attributes: Any) 
     return [shape_by_head(q, heads), appended(past_k, k), appended(past_v, v)]
 
 
-def _turned(x: Any, cos: Any, sin: Any) -> Any:
-    return rotary(x, cos, sin, rotary_dim=capture("rotary_dim"), interleaved=capture("interleaved"))
-
-
 @rotary_cache_write.source
 def source(q: Any, k: Any, v: Any, cos: Any, sin: Any, past_k: Any, past_v: Any, mask: Any) -> Any:
-    turned = _turned(split_heads(q), cos, sin)
-    present_k, present_v = cache_write(_turned(split_heads(k), cos, sin), v, past_k, past_v)
-    return joined(turned, present_k, present_v, by=attention(turned, present_k, present_v, optional(mask)))
+    captured = {name: capture(name) for name in ("rotary_dim", "interleaved")}
+    by_token = [keep(op.Unsqueeze(table, axes=(2,))) for table in (cos, sin)]
+
+    def turned(x: Any) -> Any:
+        """After they are arranged by head, or before."""
+        before = op.Transpose(rotary(op.Reshape(x), *by_token, **captured), perm=(0, 2, 1, 3))
+        return either(rotary(split_heads(x), cos, sin, **captured), before)
+
+    queries = turned(q)
+    present_k, present_v = cache_write(turned(k), v, past_k, past_v)
+    return joined(queries, present_k, present_v, by=attention(queries, present_k, present_v, optional(mask)))
 
 
 @source.attributes

@@ -158,13 +158,25 @@ def _replace(recognition: Recognition, cosine: _Table, sine: _Table, frequencies
     )
     assert cos.producer is not None
     for table, made in zip((cosine, sine), cos.producer.outputs, strict=True):
-        subject, value = table.subject, table.subject.value
+        value = table.subject.value
         if value.dtype is not made.dtype and value.dtype is not None:
-            made = recognition.emit("Cast", subject, [made], {"to": value.dtype.onnx})
-        axes = _inserted(made.shape or (), value.shape or ())
-        if axes:
-            made = recognition.emit("Unsqueeze", subject, [made], {"axes": axes})
-        recognition.replace(subject, _doubled(recognition, subject, made, table.layout))
+            made = recognition.emit("Cast", table.subject, [made], {"to": value.dtype.onnx})  # noqa: PLW2901
+        recognition.replace(table.subject, _laid_out(recognition, table, made))
+
+
+def _laid_out(recognition: Recognition, table: _Table, once: Value) -> Value:
+    """Rows [*P, R] arranged as a table is, with every column as often as there, in the form that patterns know."""
+    subject, shape = table.subject, table.subject.value.shape or ()
+    axes = _inserted(once.shape or (), shape)
+    if axes:
+        once = recognition.emit("Unsqueeze", subject, [once], {"axes": axes})
+    if table.layout == "once":
+        return once
+    if table.layout == "halves":
+        return recognition.emit("Concat", subject, [once, once], {"axis": -1})
+    column = recognition.emit("Unsqueeze", subject, [once], {"axes": (-1,)})
+    pairs = recognition.emit("Concat", subject, [column, column], {"axis": -1})
+    return recognition.emit("Reshape", subject, [pairs], {"shape": shape})
 
 
 def _inserted(inner: Shape, outer: Shape) -> tuple[int, ...]:
@@ -178,32 +190,24 @@ def _inserted(inner: Shape, outer: Shape) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def _doubled(recognition: Recognition, subject: Subject, once: Value, layout: str) -> Value:
-    """Every column twice, as patterns write it."""
-    if layout == "once":
-        return once
-    if layout == "halves":
-        return recognition.emit("Concat", subject, [once, once], {"axis": -1})
-    column = recognition.emit("Unsqueeze", subject, [once], {"axes": (-1,)})
-    pairs = recognition.emit("Concat", subject, [column, column], {"axis": -1})
-    return recognition.emit("Reshape", subject, [pairs], {"shape": subject.value.shape})
-
-
 def _lay_out(recognition: Recognition, table: _Table) -> None:
     """A table that is stored, or holds something else than sines, keeps its numbers and is laid out as patterns write it."""
     subject, value = table.subject, table.subject.value
     maker = value.producer
     if table.layout == "once" or maker is None or (maker.is_a("Concat") and len(set(map(id, maker.inputs))) == 1):
         return
-    assert value.shape is not None and isinstance(value.shape[-1], int)
+    assert value.shape is not None and isinstance(value.shape[-1], int) and table.start.shape is not None
     width = value.shape[-1]
     readers = list(value.uses)
     ends, step = (width // 2, 1) if table.layout == "halves" else (width, 2)
     bounds = {"axes": (-1,), "starts": (0,), "ends": (ends,), "steps": (step,)}
     once = recognition.emit("Slice", subject, [value], bounds)
-    doubled = _doubled(recognition, subject, once, table.layout)
+    rows = (*table.start.shape, width // 2)
+    if once.shape != rows:
+        once = recognition.emit("Reshape", subject, [once], {"shape": rows})
+    arranged = _laid_out(recognition, table, once)
     for node, index in readers:
-        recognition.graph.set_input(node, index, doubled)
+        recognition.graph.set_input(node, index, arranged)
 
 
 @rotary_table.lower("functions")
