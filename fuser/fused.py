@@ -224,8 +224,13 @@ class FusedOp:
         self.sources.append(found := Source(self, function))
         return found
 
+    def lowering(self, target: str) -> Lowering:
+        """How the operator is written for a target; standard operators are what a function's body is made of."""
+        return self.lowerings.get(target) or self.lowerings["functions"]
+
     def lower(self, target: str, *, opset: int = 0) -> Callable[[Lowering], Lowering]:
-        """Declares how the operator is written for a target: `ort`, or `functions` (a body of standard operators).
+        """Declares how the operator is written for a target: `ort`, `onnx` (standard operators), or `functions` (a body of
+        plain ones, which serves all targets that have none of their own).
 
         `opset` is the one the lowering would like; where the graph cannot be raised to it, `op.opset` says less.
         """

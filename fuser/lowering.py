@@ -8,6 +8,7 @@ import onnx
 
 from fuser.constants import Array
 from fuser.content import content
+from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
 from fuser.errors import UsageError
 from fuser.fused import REGISTRY, FusedOp, Lowering
@@ -18,6 +19,7 @@ from fuser.spelling import PARAMETERS, Spelling
 
 TARGETS = {
     "ort": "standard and com.microsoft operators that stock ONNX Runtime runs on CPU and CUDA",
+    "onnx": "standard operators only, of opset 23 where the model allows, for any ONNX runtime",
     "functions": "fused nodes in the domain 'fuser', each with a body of standard operators",
 }
 
@@ -83,7 +85,11 @@ class Emitter:
         known = content(shape)
         if known is None:
             return self.Squeeze(self.Gather(shape, self.constant((axis,), DType.INT64), axis=0), axes=(0,))
-        node = self._graph.add("Dims", [], {"dims": known[axis]}, domain=FUSER, outputs=["dims"], like=self._like)
+        return self.dims(known[axis])
+
+    def dims(self, wanted: Dim | Shape) -> Value:
+        """An int64 scalar or vector that holds dims."""
+        node = self._graph.add("Dims", [], {"dims": wanted}, domain=FUSER, outputs=["dims"], like=self._like)
         infer_node(self._graph, node)
         return node.output
 
@@ -130,7 +136,7 @@ def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
         if functions is not None:
             functions.call(node, operator)
         else:
-            _replace(graph, node, operator.lowerings[target], shared)
+            _replace(graph, node, operator.lowering(target), shared)
     Spelling(graph).spell()
     return list(functions.bodies.values()) if functions is not None else []
 
@@ -221,7 +227,7 @@ class _Functions:
             inputs.append(None if given is None else Value(body.fresh_name(argument.name), given.dtype, given.shape))
         body.inputs = [value for value in inputs if value is not None]
         attributes = {**baked, **{attribute: Reference(attribute) for attribute in floats}}
-        found = operator.lowerings["functions"](Emitter(body), *inputs, **attributes)
+        found = operator.lowering("functions")(Emitter(body), *inputs, **attributes)
         body.outputs = list(found) if isinstance(found, (tuple, list)) else [found]
         for value in body.outputs:
             value.is_output = True

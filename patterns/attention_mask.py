@@ -182,6 +182,8 @@ def _closed_form(subject: Subject) -> tuple[int, int, float]:
     if len(subject.inputs) > 1:
         names = ", ".join(given.name for given in subject.inputs)
         raise Disagrees(f"it depends on {names}, of which one may be the padding")
+    if subject.inputs and subject.value.rank != 4 and _depends_on_padding(subject):
+        raise Disagrees(f"it depends on {subject.inputs[0].name} and is one mask for all sequences")
     instances = list(_instances(subject))
     probe = max((i for i in instances if i.padding == "none"), key=lambda i: (i.T, i.S), default=instances[-1])
     left, right = _windows(subject, probe)
@@ -260,13 +262,11 @@ def _(op: Any, shape: Any, padding: Any, *, left_window: int, right_window: int)
     return allowed if dims_ is not None and allowed.shape == dims_ else op.Expand(allowed, shape)
 
 
-attention_mask.lower("ort")(attention_mask.lowerings["functions"])
-
-_SIZES = {"B": 2, "S": 3, "T": 7, "R": 4}
+_SIZES = {"B": 2, "S": 3, "T": 7, "R": 4, "kinds": {"shape": "sizes", "padding": "padding"}}
 attention_mask.examples(
-    {**_SIZES, "shape_": ("B", 1, "S", "T"), "left_window": -1, "right_window": 0},
-    {**_SIZES, "shape_": ("B", 1, "S", "T"), "left_window": 4, "right_window": 0},
-    {**_SIZES, "shape_": ("B", 1, 1, "T"), "left_window": -1, "right_window": -1},
-    {**_SIZES, "shape_": ("S", "T"), "left_window": -1, "right_window": 0, "without": ("padding",)},
-    {**_SIZES, "shape_": (1, 1, "S", "T"), "left_window": 2, "right_window": 2, "without": ("padding",)},
+    {**_SIZES, "M": ("B", 1, "S", "T"), "left_window": -1, "right_window": 0},
+    {**_SIZES, "M": ("B", 1, "S", "T"), "left_window": 4, "right_window": 0},
+    {**_SIZES, "M": ("B", 1, 1, "T"), "left_window": -1, "right_window": -1},
+    {**_SIZES, "M": ("S", "T"), "left_window": -1, "right_window": 0, "without": ("padding",)},
+    {**_SIZES, "M": (1, 1, "S", "T"), "left_window": 2, "right_window": 2, "without": ("padding",)},
 )

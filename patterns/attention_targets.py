@@ -8,9 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fuser import dims
+from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.graph import FUSER, Node, Value
 from fuser.patterns.attention import LEAST, attention
+from fuser.patterns.attention_mask import attention_mask
 from fuser.patterns.cache_write import cache_write
 from fuser.patterns.heads import arranged, as_tokens
 from fuser.patterns.rotary import embedded
@@ -18,42 +21,112 @@ from fuser.patterns.rotary_cache_write import rotary_cache_write
 
 
 @attention.lower("ort", opset=23)
+def _(op: Any, q: Any, k: Any, v: Any, mask: Any, **given: Any) -> Any:
+    # In float16 both operators round more than the nodes they replace do (on the CPU the error was up to 1.6 times the unfused
+    # model's).
+    if q.dtype is DType.FLOAT16:
+        return attention.lowerings["functions"](op, q, k, v, mask, **given)
+    grouped = _group_query_attention(op, q, k, v, mask, **given)
+    return attention.lowerings["onnx"](op, q, k, v, mask, **given) if grouped is None else grouped
+
+
+@attention.lower("onnx", opset=23)
 def _(
     op: Any, q: Any, k: Any, v: Any, mask: Any, *, heads: Sequence[int], scale: float, softcap: float, guarded: bool, merged: bool
 ) -> Any:  # fmt: skip
-    # Not all versions of ONNX Runtime mask after the soft-cap. In float16 its operator rounds more than the nodes it replaces
-    # do (on the CPU the error was up to 1.6 times the unfused model's).
+    H, G = heads
+    given: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    # Not all versions of ONNX Runtime mask after the soft-cap.
     if op.opset < 23 or q.dtype is DType.FLOAT16 or (softcap and mask is not None):
         return attention.lowerings["functions"](
-            op, q, k, v, mask, heads=heads, scale=scale, softcap=softcap, guarded=guarded, merged=merged
+            op, q, k, v, mask, **given, heads=heads, guarded=guarded, merged=merged
         )
-    H, G = heads
-    write = cached(op.node, q, k, v)
-    given = {"scale": scale, "softcap": softcap}
-    T, S = k.shape[-2] if k.rank == 4 else k.shape[1], q.shape[-2] if q.rank == 4 else q.shape[1]
+    S, T = (x.shape[2 if x.rank == 4 else 1] for x in (q, k))
     bounded = None if mask is None else op.once(("bounded", S, T), lambda op: _bounded(op, mask, S, T), mask)
+    write = cached(op.node, q, k, v)
+    by_token = write is not None or (merged and {q.rank, k.rank, v.rank} == {3})
+    if by_token:
+        given |= {"q_num_heads": H, "kv_num_heads": G}
     if write is not None:
         tokens = _new_tokens(op, write, H, G)
-        y, present_k, present_v = op.Attention(
-            *tokens, bounded, *write.inputs[-2:], **given, q_num_heads=H, kv_num_heads=G, outputs=3
-        )
-        op.take_over(write, {len(write.outputs) - 2: present_k, len(write.outputs) - 1: present_v})
-        is_merged = True
-    else:
-        is_merged = merged and {q.rank, k.rank, v.rank} == {3}
-        if is_merged:
-            given |= {"q_num_heads": H, "kv_num_heads": G}
-        else:
-            q, k, v = arranged(op, q, H), arranged(op, k, G), arranged(op, v, G)
+        y, *present = op.Attention(*tokens, bounded, *write.inputs[-2:], **given, outputs=3)
+        _take_over(op, write, present)
+    elif by_token:
         y = op.Attention(q, k, v, bounded, **given)
+    else:
+        y = op.Attention(arranged(op, q, H), arranged(op, k, G), arranged(op, v, G), bounded, **given)
+    return _finished(op, y, mask, H, guarded, merged)
+
+
+def _group_query_attention(
+    op: Any, q: Any, k: Any, v: Any, mask: Any, *, heads: Sequence[int], scale: float, softcap: float, guarded: bool, merged: bool
+) -> Any:  # fmt: skip
+    """ONNX Runtime's GroupQueryAttention, where its contract holds whatever the inputs; None elsewhere.
+
+    It takes several new tokens on a past at batch 1 only, and masks the future itself, which for rows that may attend to
+    nothing is not the same: so one new token. Positions are not its business (of a prompt it reads the first alone).
+    """
+    write = cached(op.node, q, k, v)
+    new = q.shape[2 if q.rank == 4 else 1]
+    width = k.shape[3] if k.rank == 4 else 0
+    if write is None or new != 1 or width % 8 or v.shape[3] != width or q.dtype is not DType.FLOAT32:
+        return None
+    H, G = heads
+    B, T = k.shape[0], k.shape[2]
+    window, bias = -1, None
+    known = None if mask is None else _closed_form(mask)
+    if known is not None and known.input(1) is None and known.attributes["right_window"] <= 0:
+        window = known.attributes["left_window"] + 1 or -1
+    elif mask is not None:
+        bias = op.once(("bias", B), lambda op: _bias(op, mask, B, T), mask)
+        if bias is None:
+            return None
+    total = op.once(("total", T), lambda op: op.Cast(op.dims(T), to=DType.INT32.onnx), k)
+    last = op.once(("last", B, T), lambda op: op.Expand(op.Cast(op.dims(dims.sub(T, 1)), to=DType.INT32.onnx), op.dims((B,))), k)
+    q, k, v = _new_tokens(op, write, H, G)
+    options = {"num_heads": H, "kv_num_heads": G, "scale": scale, "softcap": softcap, "local_window_size": window}
+    y, *present = op.microsoft.GroupQueryAttention(
+        q, k, v, *write.inputs[-2:], last, total, None, None, None, bias, **options, outputs=3
+    )
+    _take_over(op, write, present)
+    return _finished(op, y, None if bias is None else mask, H, guarded, merged)
+
+
+def _closed_form(mask: Value) -> Node | None:
+    """The attention_mask that a mask is, or that chooses between 0 and another number."""
+    node = mask.producer
+    if node is not None and node.is_a("Where") and node.inputs[0] is not None and node.inputs[1] is not None:
+        node = node.inputs[0].producer if node.inputs[1].scalar == 0 else None
+    return node if node is not None and node.is_a(attention_mask.name, FUSER) else None
+
+
+def _bias(op: Any, mask: Value, B: Dim, T: Dim) -> Value | None:
+    """A mask as a number to add, [B or 1, 1, 1, T]; None where it is not one row for all heads."""
+    shape = (1,) * (4 - (mask.rank or 0)) + (mask.shape or ())
+    if mask.rank not in (2, 4) or shape[1:3] != (1, 1) or shape[0] not in (1, B) or mask.dtype is None:
+        return None
+    bias: Any = mask
+    if mask.dtype is DType.BOOL:
+        bias = op.Where(mask, op.constant(0.0, DType.FLOAT32), op.constant(LEAST[DType.FLOAT32], DType.FLOAT32))
+    else:
+        bias = op.Max(mask, op.constant(LEAST[mask.dtype], mask.dtype))
+    return bias if mask.shape == (shape[0], 1, 1, T) else op.Expand(bias, shape=(shape[0], 1, 1, T))
+
+
+def _take_over(op: Any, write: Node, present: Sequence[Value]) -> None:
+    """The attention makes what the cache write made."""
+    first = len(write.outputs) - 2
+    op.take_over(write, {first: present[0], first + 1: present[1]})
+
+
+def _finished(op: Any, y: Any, mask: Any, heads: int, guarded: bool, merged: bool) -> Any:
+    """The operator's result with zeros where a row may attend to nothing, arranged as it is wanted."""
     if guarded and mask is not None and _excludes(mask):
         attends = op.once("attends", lambda op: _attends(op, mask), mask)
-        if is_merged:
+        if y.rank == 3:
             attends = op.once("attends by token", lambda op: op.Squeeze(attends, axes=(1,)), attends)
-        y = op.Where(attends, y, op.constant(0.0, q.dtype))
-    if is_merged == merged:
-        return y
-    return as_tokens(op, y) if merged else arranged(op, y, H)
+        y = op.Where(attends, y, op.constant(0.0, y.dtype))
+    return as_tokens(op, y) if merged else arranged(op, y, heads)
 
 
 def cached(node: Node, q: Value, k: Value, v: Value) -> Node | None:

@@ -61,8 +61,6 @@ def _(op: Any, k: Any, v: Any, past_k: Any, past_v: Any) -> Any:
     return tuple(op.Concat(past, arranged(op, new, past.shape[1]), axis=-2) for new, past in ((k, past_k), (v, past_v)))
 
 
-cache_write.lower("ort")(cache_write.lowerings["functions"])
-
 _SIZES = {"B": 2, "G": 2, "S": 3, "P": 5, "Dh": 16, "Dv": 12}
 cache_write.examples(
     {**_SIZES, "K": ("B", 2, "S", 16), "V": ("B", 2, "S", 12)},

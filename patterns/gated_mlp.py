@@ -40,6 +40,11 @@ def _(op: Any, gate: Any, up: Any, *, activation: str) -> Any:
     return op.Mul(ACTIVATIONS[activation].lowerings["ort"](op, gate), up)
 
 
+@gated_mlp.lower("onnx", opset=20)
+def _(op: Any, gate: Any, up: Any, *, activation: str) -> Any:
+    return op.Mul(ACTIVATIONS[activation].lowering("onnx")(op, gate), up)
+
+
 @gated_mlp.lower("functions")
 def _(op: Any, gate: Any, up: Any, *, activation: str) -> Any:
     return op.Mul(ACTIVATIONS[activation].lowerings["functions"](op, gate), up)

@@ -41,6 +41,11 @@ def _(op: Any, x: Any) -> Any:
     return op.microsoft.Gelu(x)
 
 
+@gelu.lower("onnx", opset=20)
+def _(op: Any, x: Any) -> Any:
+    return op.Gelu(x) if op.opset >= 20 else gelu.lowerings["functions"](op, x)
+
+
 @gelu.lower("functions")
 def _(op: Any, x: Any) -> Any:
     erf = op.Erf(op.Mul(x, op.scalar_like(math.sqrt(0.5), x)))

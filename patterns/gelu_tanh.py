@@ -47,6 +47,11 @@ def _(op: Any, x: Any) -> Any:
     return op.microsoft.FastGelu(x)
 
 
+@gelu_tanh.lower("onnx", opset=20)
+def _(op: Any, x: Any) -> Any:
+    return op.Gelu(x, approximate="tanh") if op.opset >= 20 else gelu_tanh.lowerings["functions"](op, x)
+
+
 @gelu_tanh.lower("functions")
 def _(op: Any, x: Any) -> Any:
     cube = op.Mul(op.Mul(x, op.Mul(x, x)), op.scalar_like(CUBIC, x))

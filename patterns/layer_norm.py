@@ -54,6 +54,11 @@ def _(op: Any, x: Any, weight: Any, bias: Any, *, eps: float) -> Any:
     return op.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps, stash_type=1)
 
 
+@layer_norm.lower("onnx")
+def _(op: Any, x: Any, weight: Any, bias: Any, *, eps: float) -> Any:
+    return layer_norm.lowerings["ort" if op.opset >= 17 else "functions"](op, x, weight, bias, eps=eps)
+
+
 @layer_norm.lower("functions")
 def _(op: Any, x: Any, weight: Any, bias: Any, *, eps: Any) -> Any:
     wide = op.widened(x)

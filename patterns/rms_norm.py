@@ -70,6 +70,11 @@ def _(op: Any, x: Any, weight: Any, *, eps: float) -> Any:
     return op.SimplifiedLayerNormalization(x, gamma, axis=-1, epsilon=eps, stash_type=1)
 
 
+@rms_norm.lower("onnx", opset=23)
+def _(op: Any, x: Any, weight: Any, *, eps: float) -> Any:
+    return rms_norm.lowerings["ort" if op.opset >= 23 else "functions"](op, x, weight, eps=eps)
+
+
 @rms_norm.lower("functions")
 def _(op: Any, x: Any, weight: Any, *, eps: Any) -> Any:
     wide = op.widened(x)

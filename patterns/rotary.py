@@ -169,6 +169,9 @@ def embedded(op: Any, x: Any, cos: Any, sin: Any, heads: int, *, rotary_dim: int
     return op.RotaryEmbedding(x, *tables, **part, num_heads=heads, interleaved=int(interleaved))
 
 
+rotary.lower("onnx", opset=23)(rotary.lowerings["ort"])
+
+
 @rotary.lower("functions")
 def _(op: Any, x: Any, cos: Any, sin: Any, *, rotary_dim: int, interleaved: bool) -> Any:
     cos, sin = (op.Unsqueeze(table, axes=(1,)) if len(table.shape) == 3 else table for table in (cos, sin))
@@ -195,6 +198,7 @@ rotary.examples(
     {**_SIZES, "C": ("B", 1, "S", 6), "rotary_dim": 12, "interleaved": False},
     {**_SIZES, "C": ("B", "S", 6), "rotary_dim": 12, "interleaved": False},
     {**_SIZES, "C": ("B", 1, "S", 8), "rotary_dim": 16, "interleaved": True},
+    {**_SIZES, "C": ("B", 1, "S", 6), "rotary_dim": 12, "interleaved": True},
     {**_SIZES, "C": ("B", "S", 6), "rotary_dim": 12, "interleaved": True},
     {**_SIZES, "C": ("S", 6), "rotary_dim": 12, "interleaved": True},
 )

@@ -73,8 +73,6 @@ def _(
     return q, *cache_write.lowerings["functions"](op, k, v, past_k, past_v)
 
 
-rotary_cache_write.lower("ort")(rotary_cache_write.lowerings["functions"])
-
 _SIZES = {"B": 2, "G": 2, "S": 3, "P": 5, "Dh": 16, "Dv": 12}
 _HEADS = {**_SIZES, "Q": ("B", 4, "S", 16), "K": ("B", 2, "S", 16), "V": ("B", 2, "S", 12)}
 _TOKENS = {**_SIZES, "Q": ("B", "S", 64), "K": ("B", "S", 32), "V": ("B", "S", 24)}

@@ -217,9 +217,7 @@ def _(op: Any, positions: Any, frequencies: Any, *, scale: Any) -> Any:
     return (cos, sin) if scale == 1.0 else tuple(op.Mul(x, op.number(scale, frequencies)) for x in (cos, sin))
 
 
-rotary_table.lower("ort")(rotary_table.lowerings["functions"])
-
 rotary_table.examples(
-    {"P": ("B", "S"), "B": 2, "S": 3, "R": 8, "scale": 1.0},
-    {"P": ("S",), "B": 2, "S": 3, "R": 5, "scale": 1.25},
+    {"P": ("B", "S"), "B": 2, "S": 3, "R": 8, "scale": 1.0, "kinds": {"positions": "positions"}},
+    {"P": ("S",), "S": 3, "R": 5, "scale": 1.25, "kinds": {"positions": "positions"}},
 )

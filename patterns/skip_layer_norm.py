@@ -65,6 +65,12 @@ def _(op: Any, x: Any, skip: Any, weight: Any, bias: Any, *, eps: float) -> Any:
     return y, total
 
 
+@skip_layer_norm.lower("onnx")
+def _(op: Any, x: Any, skip: Any, weight: Any, bias: Any, *, eps: float) -> Any:
+    total = op.Add(x, skip)
+    return layer_norm.lowerings["onnx"](op, total, weight, bias, eps=eps), total
+
+
 @skip_layer_norm.lower("functions")
 def _(op: Any, x: Any, skip: Any, weight: Any, bias: Any, *, eps: Any) -> Any:
     total = op.Add(x, skip)

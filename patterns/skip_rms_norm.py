@@ -52,6 +52,12 @@ def _(op: Any, x: Any, skip: Any, weight: Any, *, eps: float) -> Any:
     return y, total
 
 
+@skip_rms_norm.lower("onnx", opset=23)
+def _(op: Any, x: Any, skip: Any, weight: Any, *, eps: float) -> Any:
+    total = op.Add(x, skip)
+    return rms_norm.lowerings["onnx"](op, total, weight, eps=eps), total
+
+
 @skip_rms_norm.lower("functions")
 def _(op: Any, x: Any, skip: Any, weight: Any, *, eps: Any) -> Any:
     total = op.Add(x, skip)

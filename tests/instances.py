@@ -22,10 +22,11 @@ from fuser import dims
 from fuser.constants import Array
 from fuser.dims import Shape
 from fuser.dtypes import DType
+from fuser.errors import InputError
 from fuser.evaluation import to_tensor
 from fuser.fused import Argument, FusedOp, Source
 from fuser.graph import FUSER, Graph, Node, Value
-from fuser.pattern import Absent, Apply, Capture, Either, Literal, Pattern, Result, Var
+from fuser.pattern import Absent, Apply, Capture, CheckFailed, Either, Literal, Pattern, Result, Var
 from fuser.patterns.attention import LEAST
 from fuser.shapes import infer_node
 
@@ -34,6 +35,7 @@ NEWEST = {"Swish": 24}
 NUMERIC = frozenset({"Add", "Sub", "Mul", "Div", "MatMul", "Where"})
 DYNAMIC = frozenset({"B", "S", "P", "T"})
 ASIDE = frozenset({"without", "kinds"})  # what an example says that is neither a dim nor an attribute
+WHOLE = ("positions", "padding")  # kinds of int64 inputs
 STANDS_FOR = {"allowed": "mask"}  # variables of patterns that an input is made of
 
 
@@ -95,7 +97,9 @@ def attributes_of(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(name: str, example: dict[str, Any]) -> str:
-    """How an argument is drawn: `normal`, or a mask that is `bool`, or 0 and the `lowest` number, or 0 and `infinite`."""
+    """How an argument is drawn: `normal`, or a mask that is `bool`, or 0 and the `lowest` number, or 0 and `infinite`;
+    whole `positions`, a `padding` of 0 and 1, or the `sizes` of `*M`.
+    """
     found: str = example.get("kinds", {}).get(STANDS_FOR.get(name, name), "normal")
     return found
 
@@ -106,6 +110,8 @@ def drawn(
     """A random array. A mask allows nothing to its first row and about half to the others; it may be given as a bool."""
     if kind == "normal":
         return np.asarray(random.standard_normal(shape)).astype(dtype.numpy)
+    if kind in WHOLE:
+        return random.randint(0, {"positions": 50, "padding": 2}[kind], shape).astype(np.int64)
     allowed = random.randint(0, 2, shape).astype(np.bool_)
     allowed[..., -1] = True
     if dtype is not DType.FLOAT16 or kind != "lowest":  # there such a row depends on which sums are rounded
@@ -119,6 +125,8 @@ def drawn(
 def exact(array: NDArray[Any], kind: str) -> torch.Tensor:
     """An array for the reference in float64, where the lowest number is another."""
     tensor = to_tensor(array)
+    if kind in (*WHOLE, "sizes"):
+        return tensor
     if kind == "lowest":
         allowed = tensor if tensor.dtype == torch.bool else tensor == 0
         return torch.zeros(tensor.shape).double().masked_fill(~allowed, torch.finfo(torch.float64).min)
@@ -159,6 +167,7 @@ def instances(operator: FusedOp) -> Iterator[Instance]:
     """Instances of each source and example of an operator that together take every alternative."""
     for source in operator.sources:
         seen: set[Alternative] = set()
+        everything = alternatives(source)
         for example in operator.example_sets:
             if not _fits(source, example):
                 continue
@@ -169,6 +178,8 @@ def instances(operator: FusedOp) -> Iterator[Instance]:
                     instance.number = len(seen)
                     first = False
                     yield instance
+                if not first and everything <= seen:
+                    break
 
 
 def alternatives(source: Source) -> set[Alternative]:
@@ -184,6 +195,10 @@ def _fits(source: Source, example: dict[str, Any]) -> bool:
     if "sizes" in example and len(example["sizes"]) != len(source.outputs):
         return False
     if source.operator.name == "rotary" and len(example["C"]) != 3 and "RotaryEmbedding" in names:
+        return False
+    if source.operator.name == "rotary" and "RotaryEmbedding" not in names and example["interleaved"] != ("Slice" in names):
+        return False
+    if source.operator.name == "attention" and example["merged"] != ("attention" in names):
         return False
     if source.operator.name == "rotary" and len(example["C"]) == 3 and "RotaryEmbedding" not in names:
         return False  # to a product these tables would be [heads, tokens, R]
@@ -290,12 +305,15 @@ class _Builder:
         for argument in arguments.values():
             if argument.name not in absent and not is_weight(argument, self.example):
                 self._input(argument.name, argument)
-        outputs = [self._value(pattern, None) for pattern in self.source.outputs]
+        try:
+            outputs = [self._value(pattern, None) for pattern in self.source.outputs]
+        except (CheckFailed, InputError):  # shapes that do not fit
+            raise IllTyped from None
         if any(value is None or value.dtype is not self.x for value in outputs):
             raise IllTyped
-        for value, argument in zip(outputs, self.operator.signature.outputs, strict=False):
-            if not argument.variadic and value is not None and value.shape != shape_of(argument, self.example):
-                raise IllTyped
+        wanted = self._output_shapes()
+        if wanted is not None and any(v is not None and v.shape != shape for v, shape in zip(outputs, wanted, strict=False)):
+            raise IllTyped
         self._forget_unused()
         used = {STANDS_FOR.get(name, name) for name, value in self.variables.items() if value.uses}
         if "w0" not in self.variables and used & set(arguments) != set(arguments) - absent:
@@ -305,6 +323,8 @@ class _Builder:
         results = [value for value in outputs if value is not None]
         if "role" in self.example:
             results += self._consumer(results)
+        if self.source.reader is not None:
+            results.append(self._reader(self.source.reader))
         for value in results:
             value.is_output = True
         self.graph.outputs = results
@@ -321,6 +341,26 @@ class _Builder:
             }
         taken = frozenset(self.taken)
         return Instance(self.operator, self.source, self.example, self.graph, inputs, taken)
+
+    def _output_shapes(self) -> list[Shape] | None:
+        """What the operator says its outputs are; None where the signature leaves that open."""
+        if self.operator.name == "packed_linear":
+            return None
+        values = [self.variables.get(argument.name) for argument in self.operator.signature.inputs]
+        for stands, name in STANDS_FOR.items():
+            values = [self.variables.get(stands) if v is None and a.name == name else v for v, a in zip(values, self.operator.signature.inputs, strict=True)]
+        return self.operator.output_shapes(values, attributes_of(self.example))
+
+    def _reader(self, reader: Result) -> Value:
+        """The attention behind the outputs, on queries of its own where they are none of them."""
+        k, v = (self._value(pattern, None) for pattern in reader.node.inputs[1:3])
+        q = self._value(reader.node.inputs[0], None) if isinstance(reader.node.inputs[0], (Result, Either)) else None
+        assert k is not None and v is not None and k.shape is not None
+        if q is None:
+            queries = Argument("q", ("B", "G", "S", "Dh"))
+            q = self._input("q", queries)
+        attributes = {"heads": (q.shape[1], k.shape[1]), "scale": 0.25, "softcap": 0.0, "guarded": False, "merged": False}  # type: ignore[index]
+        return self._add("attention", [q, k, v], attributes, FUSER)
 
     def _input(self, name: str, argument: Argument) -> Value:
         """An activation."""
@@ -347,6 +387,8 @@ class _Builder:
     def _attention_as_wanted(self) -> None:
         """Refuses a graph without the example's guard, soft-cap or scale, or with one that it has not."""
         present = {node.op for node in self.graph.nodes}
+        if "attention" in present:
+            return
         if "Attention" in present:
             is_float = "M" in self.example and kind_of("mask", self.example) != "bool"
             guarded = "Where" in present or not is_float
@@ -500,6 +542,11 @@ class _Builder:
             if self.x is DType.FLOAT32:
                 raise IllTyped
             return {"to": types[self.picks.pick(len(types))].onnx}
+        if wanted.op == "Slice":
+            return {"ends": (x.shape[-1],)}
+        if wanted.op == "Unsqueeze" and x in (self.variables.get("cos"), self.variables.get("sin")) and x.rank != 3:
+            if wanted.attributes["axes"] == (2,):
+                raise IllTyped  # a table for every token has no axis of heads yet
         if wanted.op == "Split" and "sizes" in self.example:
             return {"split": self.example["sizes"]}
         if wanted.op == "Split":
@@ -511,12 +558,22 @@ class _Builder:
                 raise IllTyped
             return {"split": parts[: wanted.outputs]}
         if wanted.op in ("Expand", "Reshape"):
-            return {"shape": self._shape(wanted.op, x.shape)}
+            return {"shape": self._shape(wanted.op, x, x.shape)}
         return {}
 
-    def _shape(self, op: str, shape: Shape) -> Shape:
-        """What an attention reshapes and expands to."""
-        heads, groups = self.example["H"], self.example["G"]
+    def _shape(self, op: str, x: Value, shape: Shape) -> Shape:
+        """What an attention or a rotary embedding reshapes and expands to."""
+        if op == "Reshape" and (len(shape) == 3 or (len(shape) == 5 and shape[-1] == 2 and "C" in self.example)):
+            width = self.example["Dv"] if x is self.variables.get("v") else self.example["Dh"]
+            if len(shape) == 5:
+                return (*shape[:-2], dims.mul(shape[-2], 2))
+            assert isinstance(shape[2], int)
+            return (*shape[:2], shape[2] // width, width)
+        if op == "Reshape" and x.producer is not None and x.producer.is_a("Transpose") and "merged" in self.example:
+            return (*shape[:2], dims.mul(shape[2], shape[3]))
+        if "heads" not in self.example or self.example["merged"]:
+            raise IllTyped
+        heads, groups = self.example["heads"]
         length = dims.symbol("S")
         if op == "Expand" and len(shape) < 5:  # a mask
             whole = (*shape[:-2], length, dims.symbol("T"))

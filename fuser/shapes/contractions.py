@@ -2,7 +2,7 @@
 
 from fuser import dims
 from fuser.dims import Dim
-from fuser.graph import Graph, Node
+from fuser.graph import MICROSOFT, Graph, Node
 from fuser.shapes.table import Inferred, broadcast, dtype_of, rule, shapes_of
 
 
@@ -54,3 +54,14 @@ def _attention(graph: Graph, node: Node) -> list[Inferred]:
         (dtype_of(node), (q[0], groups, length, width)),
         (dtype_of(node), (q[0], heads, rows, length)),
     ]
+
+
+@rule("GroupQueryAttention", domain=MICROSOFT)
+def _group_query_attention(graph: Graph, node: Node) -> list[Inferred]:
+    """Of queries, keys and values apart, appended to a past that is no shared buffer."""
+    shapes, key, past = shapes_of(node, 0), node.input(1), node.input(3)
+    if shapes is None or key is None or key.shape is None or past is None or past.shape is None:
+        return [(dtype_of(node), None)] * len(node.outputs)
+    length = dims.add(past.shape[2], key.shape[1])
+    present: tuple[Dim, ...] = (*past.shape[:2], length, past.shape[3])
+    return [(dtype_of(node), shapes[0]), (dtype_of(node), present), (dtype_of(node), present)]
