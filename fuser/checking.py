@@ -18,6 +18,7 @@ import torch
 
 from fuser import dims
 from fuser.constants import Constant
+from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.errors import FuserError
 from fuser.evaluation import evaluate, to_tensor
@@ -32,6 +33,7 @@ INSTANCES: tuple[tuple[tuple[int, ...], float], ...] = (
     ((3, 1, 4, 5), 12.0),
     ((2, 4, 5, 3), 1e-6),
 )
+BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Where", "And", "Or", "Max", "Min"})
 SHRINK_ABOVE = 160
 SHRUNK = 24  # what is divided stays at least this large
 PRIMES = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
@@ -121,8 +123,12 @@ class _Trial:
         ]
         mentioned = [dim for value in self.outside for dim in value.shape or ()]
         mentioned += [dim for node in rewrite.evaluated for value in node.outputs for dim in value.shape or ()]
-        names = sorted(dims.symbols(mentioned), key=str)
+        equal = _equal_dims(rewrite)
+        names = sorted(dims.symbols(mentioned) - equal.keys(), key=str)
         self.symbols: dict[sympy.Symbol, int] = {name: sizes[i % len(sizes)] for i, name in enumerate(names)}
+        for name, dim in equal.items():
+            size = dims.substitute(dim, self.symbols)
+            self.symbols[name] = size if isinstance(size, int) else sizes[0]
         self.precision = max((PRECISION.get(dtype, 0.0) for dtype in self._floats()), default=1e-6)
 
     def _floats(self) -> list[DType]:
@@ -217,6 +223,27 @@ class _Trial:
         attributes = _replaced(self.rewrite.attributes, self.shrink)
         attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in attributes.items()}
         return self.rewrite.operator.evaluate(inputs, attributes)
+
+
+def _equal_dims(rewrite: Rewrite) -> dict[sympy.Symbol, Dim]:
+    """Sizes of inputs that must be others' (a mask's length that of the keys) for the region to be computed at all."""
+    pairs: list[tuple[Dim, Dim]] = []
+    for node in rewrite.evaluated:
+        shapes = [value.shape for value in node.inputs if value is not None and value.shape is not None]
+        if node.op in BROADCASTING and not node.domain:
+            pairs += [pair for a in shapes for b in shapes for pair in zip(a[::-1], b[::-1], strict=False)]
+        elif node.is_a("Expand"):
+            pairs += zip(shapes[0][::-1], node.attributes.get("shape", ())[::-1], strict=False)
+        elif node.is_a("Attention") and len(shapes) > 3 and len(shapes[1]) == 4:
+            pairs += [(shapes[3][-1], shapes[1][2]), (shapes[3][-2], shapes[0][2])]
+    made = dims.symbols(dim for node in rewrite.evaluated for value in node.outputs for dim in value.shape or ())
+    made -= dims.symbols(dim for v in rewrite.inputs if isinstance(v, Value) for dim in v.shape or ())
+    found: dict[sympy.Symbol, Dim] = {}
+    for a, b in pairs:
+        a, b = (dims.replace(dim, found) for dim in (a, b))  # noqa: PLW2901
+        if isinstance(a, sympy.Symbol) and a not in dims.symbols([b]) | made and not isinstance(b, int):
+            found[a] = b
+    return found
 
 
 def _present(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -87,6 +87,10 @@ class Subject:
                 found[symbol] = otherwise
         return found
 
+    def makes(self, dim: Dim) -> bool:
+        """Whether only the subgraph itself tells a dim."""
+        return any(self._source(symbol) is not None for symbol in dims.symbols([dim]))
+
     def _source(self, symbol: sympy.Symbol) -> Node | None:
         """The node of the subgraph whose result tells a symbol's size."""
         source = self.graph.dim_sources.get(symbol)

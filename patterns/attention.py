@@ -168,7 +168,8 @@ def _(m: Match) -> dict[str, Any]:
     applies(m.q.rank == 4)
     is_float = m.mask is not None and m.mask.dtype is not DType.BOOL
     # To the lowest number in a mask ONNX gives no meaning of its own, and ONNX Runtime that of minus infinity.
-    applies(not is_float or (m.least is not None and m.scalar("least") <= LEAST[m.mask.dtype]))
+    bounded = m.least is not None and m.scalar("least") <= LEAST[m.mask.dtype]
+    applies(not is_float or bounded or least(m.mask) >= 1.001 * LEAST[m.mask.dtype])  # as it is stored
     heads = _heads(m)
     scale = m.attributes["scale"]
     return {
@@ -178,6 +179,13 @@ def _(m: Match) -> dict[str, Any]:
         "guarded": not is_float or any(node.is_a("Where") for node in m.region),
         "merged": False,
     }
+
+
+def least(mask: Value) -> float:
+    """The least a mask can be, where it chooses between two numbers; minus infinity where that is not known."""
+    chosen = mask.producer
+    numbers = [None if value is None else value.scalar for value in chosen.inputs[1:]] if chosen is not None and chosen.is_a("Where") else []
+    return min((-math.inf if number is None else number for number in numbers), default=-math.inf)
 
 
 @attention.source

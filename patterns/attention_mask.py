@@ -77,7 +77,10 @@ def _(recognition: Recognition) -> None:
             recognition.refuse(attention_mask, subject, expected, str(reason))
             continue
         padding = subject.inputs[0] if subject.inputs and _depends_on_padding(subject) else None
-        shape = recognition.emit("Dims", subject, [], {"dims": value.shape}, domain=FUSER)
+        wanted = _shape(subject, padding)
+        if wanted is None:
+            continue
+        shape = recognition.emit("Dims", subject, [], {"dims": wanted}, domain=FUSER)
         windows = {"left_window": left, "right_window": right}
         new = recognition.emit(attention_mask.name, subject, [shape, padding], windows, domain=FUSER)
         if value.dtype is not None and value.dtype is not DType.BOOL:
@@ -90,7 +93,7 @@ def _has_the_form(value: Value) -> bool:
     """Whether a value may be added to scores [B, H, S, T], or choose among them, alike for all heads."""
     shape = value.shape or ()
     is_mask = value.dtype is DType.BOOL or (value.dtype is not None and value.dtype.is_float)
-    return is_mask and (len(shape) == 2 or (len(shape) == 4 and shape[1] == 1))
+    return is_mask and (len(shape) == 2 or (len(shape) == 4 and shape[1] == 1)) and shape[-1] != 1
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _instances(subject: Subject) -> Iterator[_Instance]:
             yield instance
 
 
-def _sizes(subject: Subject, instance: _Instance) -> dict[Any, int] | None:
+def _sizes(subject: Subject, instance: _Instance, otherwise: int = 0) -> dict[Any, int] | None:
     shape = subject.value.shape or ()
     wanted = [(shape[-2], instance.S), (shape[-1], instance.T)]
     if len(shape) == 4 and shape[0] != 1:
@@ -151,19 +154,26 @@ def _sizes(subject: Subject, instance: _Instance) -> dict[Any, int] | None:
     for given in subject.inputs:
         assert given.shape is not None
         wanted += zip(given.shape, (instance.B, instance.T), strict=False)
-    return subject.sizes(wanted, instance.T)
+    return subject.sizes(wanted, otherwise)
 
 
 def _held(subject: Subject, instance: _Instance) -> tuple[Tensor, float] | None:
     """(what is allowed, the number that masks) on an instance; None where that is not what the value says."""
-    sizes = _sizes(subject, instance)
-    assert sizes is not None
-    given = {}
-    for value in subject.inputs:
-        tokens = instance.tokens()
-        dtype = torch.float64 if value.dtype is None or value.dtype.is_float else getattr(torch, str(value.dtype))
-        given[value] = tokens.to(dtype)[: dims.concrete((value.shape or ())[:1], sizes)[0]]
-    found = subject.evaluate(sizes, given)
+    found: Tensor | None = None
+    for otherwise in (instance.T, instance.T - instance.S):  # a length that no dim of its own tells: of all, or of the past
+        sizes = _sizes(subject, instance, otherwise)
+        assert sizes is not None
+        given = {}
+        for value in subject.inputs:
+            dtype = torch.float64 if value.dtype is None or value.dtype.is_float else getattr(torch, str(value.dtype))
+            given[value] = instance.tokens().to(dtype)[: dims.concrete((value.shape or ())[:1], sizes)[0]]
+        try:
+            found = subject.evaluate(sizes, given)
+            break
+        except Disagrees:
+            if otherwise != instance.T:
+                raise
+    assert found is not None
     if found.dtype == torch.bool:
         return found, 0.0
     others = found[found != 0]
@@ -185,6 +195,9 @@ def _closed_form(subject: Subject) -> tuple[int, int, float]:
     if subject.inputs and subject.value.rank != 4 and _depends_on_padding(subject):
         raise Disagrees(f"it depends on {subject.inputs[0].name} and is one mask for all sequences")
     instances = list(_instances(subject))
+    varies = any(not isinstance(dim, int) for dim in (subject.value.shape or ())[-2:])
+    if varies and len({(instance.S, instance.T) for instance in instances}) < 3:
+        raise Disagrees(f"its sizes allow little else than {instances[0]}")
     probe = max((i for i in instances if i.padding == "none"), key=lambda i: (i.T, i.S), default=instances[-1])
     left, right = _windows(subject, probe)
     numbers: set[float] = set()
@@ -233,6 +246,15 @@ def _windows(subject: Subject, instance: _Instance) -> tuple[int, int]:
     return left, right
 
 
+def _shape(subject: Subject, padding: Value | None) -> Shape | None:
+    """The mask's shape in terms of sizes that are known without it; None where nothing else tells them."""
+    *lead, total = subject.value.shape or ()
+    if padding is not None and padding.shape is not None and subject.makes(total):
+        total = padding.shape[1]  # so it was on every instance
+    shape = (*lead, total)
+    return None if any(subject.makes(dim) for dim in shape) else shape
+
+
 def _depends_on_padding(subject: Subject) -> bool:
     """Whether the input says which tokens are padding, or is just there."""
     for instance in _instances(subject):
@@ -257,7 +279,13 @@ def _(op: Any, shape: Any, padding: Any, *, left_window: int, right_window: int)
         if left_window >= 0:
             parts.append(op.GreaterOrEqual(keys, op.Sub(queries, op.constant(left_window, DType.INT64))))
     if padding is not None:
-        parts.append(op.Unsqueeze(op.Cast(padding, to=DType.BOOL.onnx), axes=(1, 2)))
+        tokens = op.Cast(padding, to=DType.BOOL.onnx)
+        # A Reshape, not an Unsqueeze: it says that the padding is as long as the mask.
+        if dims_ is not None:
+            parts.append(op.Reshape(tokens, shape=(dims_[0], 1, 1, dims_[-1])))
+        else:
+            ends = [op.Gather(shape, op.constant((axis,), DType.INT64), axis=0) for axis in (0, -1)]
+            parts.append(op.Reshape(tokens, op.Concat(ends[0], op.constant((1, 1), DType.INT64), ends[1], axis=0)))
     allowed = reduce(op.And, parts) if parts else op.constant(True, DType.BOOL)
     return allowed if dims_ is not None and allowed.shape == dims_ else op.Expand(allowed, shape)
 

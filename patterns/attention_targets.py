@@ -12,7 +12,7 @@ from fuser import dims
 from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.graph import FUSER, Node, Value
-from fuser.patterns.attention import LEAST, attention
+from fuser.patterns.attention import LEAST, attention, least
 from fuser.patterns.attention_mask import attention_mask
 from fuser.patterns.cache_write import cache_write
 from fuser.patterns.heads import arranged, as_tokens
@@ -171,7 +171,4 @@ def _attends(op: Any, mask: Value) -> Any:
 
 def _excludes(mask: Value) -> bool:
     """Whether a mask may be minus infinity: not where it chooses between two finite numbers."""
-    if mask.dtype is DType.BOOL or mask.producer is None or not mask.producer.is_a("Where"):
-        return True
-    numbers = [None if value is None else value.scalar for value in mask.producer.inputs[1:]]
-    return not all(number is not None and math.isfinite(number) for number in numbers)
+    return mask.dtype is DType.BOOL or math.isinf(least(mask))

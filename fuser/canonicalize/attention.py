@@ -1,7 +1,7 @@
 """Attention and rotary operators in one form: by head, the cache appended and the causal mask written beside them."""
 
 from fuser import dims
-from fuser.canonicalize.rules import emit, rule
+from fuser.canonicalize.rules import become, emit, rule, sole
 from fuser.constants import Array
 from fuser.dims import Dim
 from fuser.dtypes import DType
@@ -82,6 +82,25 @@ def _causal(graph: Graph, node: Node, query: Value, key: Value, past: Dim, mask:
     assert mask.dtype is not None
     nothing = graph.constant(Array.of(-float("inf"), mask.dtype))
     return emit(graph, node, "Where", [allowed, mask, nothing])
+
+
+@rule("Where")
+def _above_merging(graph: Graph, node: Node) -> bool:
+    """What is chosen row by row is chosen before heads are merged."""
+    allowed, merged, other = node.inputs
+    merge = merged.producer if merged is not None else None
+    turn = merge.inputs[0].producer if merge is not None and merge.inputs and merge.inputs[0] is not None else None
+    if allowed is None or merge is None or turn is None or other is None or other.scalar is None or other.shape != ():
+        return False
+    if not merge.is_a("Reshape") or not turn.is_a("Transpose") or turn.attributes.get("perm") != BY_HEAD:
+        return False
+    if allowed.rank != 3 or allowed.shape is None or allowed.shape[2] != 1 or not sole(merged, node) or node.output.captured:
+        return False
+    if merged is None or merged.rank != 3 or not sole(merge.inputs[0], merge) or len(merge.inputs) > 1 or turn.inputs[0] is None:
+        return False
+    rows = emit(graph, node, "Unsqueeze", [allowed], {"axes": (1,)})
+    chosen = emit(graph, node, "Where", [rows, turn.inputs[0], other])
+    return become(graph, node, _by_token(graph, node, chosen))
 
 
 @rule("RotaryEmbedding")
