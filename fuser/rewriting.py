@@ -1,6 +1,6 @@
 """Applying patterns: match, check, replace; and keeping the reason wherever that stopped short."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -8,7 +8,7 @@ from fuser.checking import Checker, Rewrite
 from fuser.constants import Constant
 from fuser.fused import FusedOp, Source
 from fuser.graph import FUSER, Graph, Node, Origin, Value
-from fuser.matching import CHECK, Failure, Matcher, describe_node, operator_counts
+from fuser.matching import CHECK, Failure, Matcher, operator_counts
 from fuser.pattern import Match
 
 # How much of a pattern must match before a structural failure counts as a near miss.
@@ -16,20 +16,64 @@ NEAR = 0.6
 NEAR_NODES = 3
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A fused node: what it is counted as, the source nodes it stands for, and the line of the source that matched."""
+
+    kind: str
+    operator: str
+    sources: tuple[str, ...]
+    line: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a near miss: the node to look at by its source nodes, those of all that had matched, the reason."""
+
+    at: tuple[str, ...]
+    sources: tuple[str, ...]
+    module: str
+    expected: str
+    found: str
+
+    @property
+    def node(self) -> str:
+        """The name of the node to look at."""
+        return self.at[0]
+
+
 @dataclass
 class Miss:
-    """A place that looked like a fusion and was not one."""
+    """Near misses that are alike: a fusion, the line where its pattern and the graph part, and every place."""
 
     fusion: str
-    module: str
-    node: str
     matched: int
     total: int
     line: str
-    expected: str
-    found: str
     rank: int
-    count: int = 1
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    # Of the first place, which stands for all.
+
+    @property
+    def module(self) -> str:
+        return self.places[0].module
+
+    @property
+    def node(self) -> str:
+        return self.places[0].node
+
+    @property
+    def expected(self) -> str:
+        return self.places[0].expected
+
+    @property
+    def found(self) -> str:
+        return self.places[0].found
 
 
 @dataclass
@@ -37,6 +81,7 @@ class Outcome:
     """What matching and rewriting did."""
 
     fused: dict[str, int] = field(default_factory=dict)
+    constructs: list[Fused] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     match_s: float = 0.0
     check_s: float = 0.0
@@ -54,22 +99,29 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
     """
     outcome, checker = Outcome(), Checker(graph.opset)
     failures: list[tuple[FusedOp, Failure, Node]] = []
+    lines: dict[Node, str] = {}
     for operator in operators:
         for source in operator.sources:
-            failures += _apply(graph, operator, source, checker if verify else None, outcome)
+            failures += _apply(graph, operator, source, checker if verify else None, outcome, lines)
         graph.sort()
     for node in graph.nodes:
         operator_of_node = next((op for op in operators if node.is_a(op.name, FUSER)), None)
         if operator_of_node is not None:
             kind = operator_of_node.kind_of(node)
             outcome.fused[kind] = outcome.fused.get(kind, 0) + 1
+            outcome.constructs.append(Fused(kind, node.op, node.origin.sources, lines.get(node, "")))
     outcome.misses = _near_misses(graph, failures)
     outcome.checked, outcome.reused = checker.checked, checker.reused
     return outcome
 
 
 def _apply(
-    graph: Graph, operator: FusedOp, source: Source, checker: Checker | None, outcome: Outcome
+    graph: Graph,
+    operator: FusedOp,
+    source: Source,
+    checker: Checker | None,
+    outcome: Outcome,
+    lines: dict[Node, str],
 ) -> list[tuple[FusedOp, Failure, Node]]:
     start = perf_counter()
     checking = outcome.check_s
@@ -93,7 +145,7 @@ def _apply(
                     frozenset(match.region),
                 )  # fmt: skip
                 continue
-        replace(graph, proposal, match)
+        lines[replace(graph, proposal, match)] = source.line
     outcome.match_s += perf_counter() - start - (outcome.check_s - checking)
     return [(operator, failure, anchor) for anchor, failure in matcher.failures.items()]
 
@@ -161,15 +213,22 @@ def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) ->
         place = failure.place if failure.place is not None else anchor
         reason = failure.expected if failure.rank == CHECK else ""  # other reasons name the values of one place
         key = (operator.name, failure.line, failure.rank, failure.matched, reason)
-        if key in misses:
-            misses[key].count += 1
-            continue
-        module = anchor.origin.module or place.origin.module
-        misses[key] = Miss(
-            operator.name, module, describe_node(place).split(" at ")[-1], failure.matched, failure.total, failure.line,
-            failure.expected, failure.found, failure.rank,
-        )  # fmt: skip
+        if key not in misses:
+            misses[key] = Miss(operator.name, failure.matched, failure.total, failure.line, failure.rank)
+        misses[key].places.append(
+            Place(
+                place.origin.sources or (place.name or place.op,),
+                tuple(dict.fromkeys(s for node in (*_ordered(failure.nodes), anchor) for s in node.origin.sources)),
+                anchor.origin.module or place.origin.module,
+                failure.expected,
+                failure.found,
+            )
+        )
     return sorted(misses.values(), key=lambda miss: (miss.rank, -miss.matched / max(1, miss.total)))
+
+
+def _ordered(nodes: Iterable[Node]) -> list[Node]:
+    return sorted(nodes, key=lambda node: node.place or 0.0)
 
 
 def _is_near(failure: Failure) -> bool:
