@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fuser.layers import Difference, Layer, Layers, Part, Step
+from fuser.matching import STRUCTURE
 from fuser.rewriting import Miss, Outcome, Place
 
 VERSION = 1
@@ -13,6 +14,17 @@ DIFFERENCE = "difference"
 KINDS = ("check", "escape", "structure", DIFFERENCE)  # of reasons, those of a pattern by rank
 MAJORITY_OF = 3  # fewer layers are no measure of one another
 DIFFERENCES = 3  # of one layer that are told
+
+
+class Spot(NamedTuple):
+    """Where to look: a layer (None: outside of any), a module and a node."""
+
+    layer: Layer | None
+    module: str
+    node: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**layer_json(self.layer), "module": self.module, "node": self.node}
 
 
 @dataclass(eq=False)
@@ -23,9 +35,10 @@ class Reason:
         kind: `check`, `escape` or `structure`, by the pattern; `difference`, by the other layers.
         missed: the constructs that are not there for it; none where a layer is different and fused all the same.
         at: the source nodes of the node to look at, its name first.
-        modules: of each place.
-        layers: of each place; None outside of any.
+        line: of the pattern; "" where none comes into it.
+        spots: every place that is so; the rest is said of the first.
         odd: whether most layers are not so.
+        others: where a pattern has the word, what the other layers have there, and this one.
     """
 
     kind: str
@@ -36,9 +49,9 @@ class Reason:
     line: str
     matched: int
     total: int
-    modules: tuple[str, ...]
-    layers: tuple[Layer | None, ...]
+    spots: tuple[Spot, ...]
     odd: bool = False
+    others: str = ""
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -56,11 +69,9 @@ class Reason:
             "pattern": self.line,
             "expected": self.expected,
             "found": self.found,
-            "places": [
-                {"module": module, **layer_json(layer)}
-                for module, layer in zip(self.modules, self.layers, strict=True)
-            ],
+            "places": [spot.to_json() for spot in self.spots],
             "odd": self.odd,
+            "others": self.others,
         }
 
 
@@ -75,6 +86,22 @@ class Construct:
     size: int  # in nodes
     line: str
     reason: Reason | None = None
+    place: Place | None = None  # of a miss that a pattern has the word for
+
+    def to_json(self) -> dict[str, Any]:
+        found = {
+            "kind": self.kind,
+            "status": "fused" if self.reason is None else "missed",
+            **layer_json(self.layer),
+            "module": self.module,
+            "nodes": list(self.sources),
+            "pattern": self.line,
+        }
+        if self.reason is not None:
+            by = self.reason if self.place is None else self.place
+            found |= {"matched": self.reason.matched, "total": self.reason.total, "reason": self.reason.kind}
+            found |= {"node": by.at[0], "expected": by.expected, "found": by.found}
+        return found
 
 
 @dataclass(eq=False)
@@ -108,7 +135,7 @@ class Explanation:
             alike: dict[Any, Group] = {}
             for layer, constructs in members.items():
                 if layer.stack == stack:
-                    group = alike.setdefault(self._contents(constructs), Group([], constructs))
+                    group = alike.setdefault(self._contents(layer, constructs), Group([], constructs))
                     group.layers.append(layer)
             most = max(alike.values(), key=lambda group: len(group.layers))
             for group in alike.values():
@@ -116,13 +143,13 @@ class Explanation:
             found += sorted(alike.values(), key=lambda group: group is not most)
         return found
 
-    def _contents(self, constructs: Sequence[Construct]) -> frozenset[Any]:
-        return frozenset(
-            Counter(
-                (c.kind, self.layers.within(c.module), c.size if c.reason is None else id(c.reason))
-                for c in constructs
-            ).items()
-        )
+    def differing(self, layer: Layer) -> list[Reason]:
+        """What is different in a layer, though nothing is missed for it."""
+        return [reason for reason in self.reasons if not reason.missed and layer in (s.layer for s in reason.spots)]
+
+    def _contents(self, layer: Layer, constructs: Sequence[Construct]) -> frozenset[Any]:
+        counts = Counter((c.kind, self.layers.within(c.module), id(c.reason)) for c in constructs)
+        return frozenset([*counts.items(), *map(id, self.differing(layer))])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; docs/explain.md says what it holds, and `version` changes when its meaning does."""
@@ -140,15 +167,7 @@ class Explanation:
                 for group in self.groups
             ],
             "constructs": [
-                {
-                    "kind": construct.kind,
-                    "status": "fused" if construct.reason is None else "missed",
-                    **layer_json(construct.layer),
-                    "module": construct.module,
-                    "nodes": list(construct.sources),
-                    "pattern": construct.line,
-                    "rank": None if construct.reason is None else ranks[id(construct.reason)],
-                }
+                construct.to_json() | ({"rank": ranks[id(construct.reason)]} if construct.reason is not None else {})
                 for construct in self.constructs
             ],
             "reasons": [{"rank": ranks[id(reason)], **reason.to_json()} for reason in self.reasons],
@@ -214,9 +233,9 @@ class _Reasoning:
                 told.update(map(id, near))
                 self.found.append((reason, near))
         alike: dict[int, list[_Near]] = {}
-        for near in self.near:
-            if id(near) not in told:
-                alike.setdefault(id(near.miss), []).append(near)
+        for one in self.near:
+            if id(one) not in told:
+                alike.setdefault(id(one.miss), []).append(one)
         self.found += [(self._of_pattern(near), near) for near in alike.values()]
         self.found.sort(key=lambda pair: pair[0].order)
         self.explanation.reasons = [reason for reason, _ in self.found]
@@ -235,15 +254,13 @@ class _Reasoning:
             miss.line,
             miss.matched,
             miss.total,
-            tuple(self._module(one.place) for one in near),
-            tuple(one.layer for one in near),
+            tuple(Spot(one.layer, self._module(one.place), one.place.node) for one in near),
             odd,
         )
 
     def _kind(self, operator: str, among: Sequence[str] = ()) -> str:
-        """What a missed operator would have been counted as: the one that is lacking, if that is clear."""
-        kinds = self.kinds.get(operator, {})
-        lacking = [kind for kind in kinds if kind in among] or list(kinds)
+        """What a missed operator would have been counted as: what is lacking, if that is clear."""
+        lacking = [kind for kind in self.kinds.get(operator, ()) if kind in among]
         return lacking[0] if len(lacking) == 1 else operator
 
     def _module(self, place: Place) -> str:
@@ -251,17 +268,16 @@ class _Reasoning:
 
     def _missed(self, reason: Reason, near: Sequence[_Near]) -> Iterator[Construct]:
         """The constructs that are missed for a reason, each at its place."""
-        places = {self._kind(one.miss.fusion, reason.missed): [] for one in near}
         for one in near:
-            places[self._kind(one.miss.fusion, reason.missed)].append(one)
+            kind, sources = self._kind(one.miss.fusion, reason.missed), one.place.sources
+            size = self.layers.size(sources)
+            place = None if reason.kind == DIFFERENCE else one.place
+            yield Construct(kind, one.layer, self._module(one.place), sources, size, one.miss.line, reason, place)
+        told = {self._kind(one.miss.fusion, reason.missed) for one in near}
         for kind in reason.missed:
-            for one in places.get(kind, ()):
-                sources = one.place.sources
-                size = self.layers.size(sources)
-                yield Construct(kind, one.layer, self._module(one.place), sources, size, one.miss.line, reason)
-            if kind not in places:
-                size = self.layers.size(reason.at)
-                yield Construct(kind, reason.layers[0], reason.modules[0], reason.at, size, reason.line, reason)
+            if kind not in told:
+                layer, module, _ = reason.spots[0]
+                yield Construct(kind, layer, module, reason.at, self.layers.size(reason.at), reason.line, reason)
 
     # One layer among others.
 
@@ -271,25 +287,31 @@ class _Reasoning:
         if len(members) < MAJORITY_OF or not usual:
             return
         alike = self.layers.usual(usual)
+        unique = {layers[0] for layers in self.layers.alike(members[1:-1]) if len(layers) == 1}
+        everywhere = {id(near.miss) for near in self.near if near.layer in usual}
         for layer in members:
-            own = [near for near in self.near if near.layer == layer and layer not in usual]
-            lacking = () if layer in usual else tuple((self._fused(usual[0]) - self._fused(layer)).elements())
-            differences = self._differences(layer, alike, certain=bool(own)) if layer not in alike else []
-            if differences:
-                yield from self._by_difference(layer, alike[0], differences, own, tuple(dict.fromkeys(lacking)))
+            own = [near for near in self.near if near.layer == layer and id(near.miss) not in everywhere]
+            lacking = tuple(dict.fromkeys((self._fused(usual[0]) - self._fused(layer)).elements()))
+            if alike and layer not in alike:
+                other = min(alike, key=lambda other: abs(other.index - layer.index))
+                if layer in (members[0], members[-1]) and not self.layers.named and not own:
+                    continue  # where the first layer begins and the last one ends is not that certain
+                yield from self._by_difference(layer, other, own, lacking, unique=layer in unique)
             else:
-                for miss in {id(near.miss): near.miss for near in own}.values():
-                    near = [one for one in own if one.miss is miss]
-                    yield self._of_pattern(near, (self._kind(miss.fusion, lacking),), odd=True), near
+                yield from self._by_pattern(own, lacking)
+
+    def _by_pattern(self, own: Sequence[_Near], lacking: tuple[str, ...]) -> Iterator[tuple[Reason, list[_Near]]]:
+        """What patterns say of the near misses that one layer alone has."""
+        for miss in {id(near.miss): near.miss for near in own}.values():
+            near = [one for one in own if one.miss is miss]
+            yield self._of_pattern(near, (self._kind(miss.fusion, lacking),), odd=True), near
 
     def _usual(self, members: Sequence[Layer]) -> list[Layer]:
         """The layers with the contents that most have."""
         contents: dict[Any, list[Layer]] = {}
         for layer in members:
             fused = Counter(
-                (c.kind, self.layers.within(c.module), c.size)
-                for c in self.explanation.constructs
-                if c.layer == layer
+                (c.kind, self.layers.within(c.module), c.size) for c in self.explanation.constructs if c.layer == layer
             )
             missed = Counter(id(near.miss) for near in self.near if near.layer == layer)
             contents.setdefault(frozenset([*fused.items(), *missed.items()]), []).append(layer)
@@ -299,63 +321,63 @@ class _Reasoning:
     def _fused(self, layer: Layer) -> Counter[str]:
         return Counter(c.kind for c in self.explanation.constructs if c.layer == layer and c.reason is None)
 
-    def _differences(self, layer: Layer, alike: Sequence[Layer], *, certain: bool) -> list[Difference]:
-        """Where a layer parts from the nearest of the others. Where a stack is cut is not certain without metadata."""
-        if not alike or not (self.layers.named or certain):
-            return []
-        nearest = min(alike, key=lambda other: abs(other.index - layer.index))
-        return self.layers.differences(layer, nearest)[:DIFFERENCES]
-
     def _by_difference(
-        self, layer: Layer, other: Layer, differences: Sequence[Difference], near: list[_Near], lacking: tuple[str, ...]
+        self, layer: Layer, other: Layer, own: list[_Near], lacking: tuple[str, ...], *, unique: bool
     ) -> Iterator[tuple[Reason, list[_Near]]]:
-        """Reasons that name the nodes in which a layer differs, in the words of a pattern where it names them too."""
-        remaining = list(near)
-        open_kinds = dict.fromkeys([*(self._kind(one.miss.fusion, lacking) for one in near), *lacking])
-        for place, difference in enumerate(differences):
-            last = place == len(differences) - 1
-            here = difference.here
-            own = [one for one in remaining if last or self._concerns(one, difference)]
-            remaining = [one for one in remaining if one not in own]
-            kinds = [k for k in open_kinds if last or self._is_in(difference, k, other)]
-            kinds += [k for one in own if (k := self._kind(one.miss.fusion, lacking)) not in kinds]
-            open_kinds = {k: None for k in open_kinds if k not in kinds}
-            missed = tuple(kinds)
-            named = [one for one in own if _names(one, here)]
+        """Reasons that name the nodes in which a layer differs, in the words of a pattern where it names them too.
+
+        A difference for which nothing is missed counts in a layer that is the only one of its kind, neither the first nor
+        the last, which have reasons of their own.
+        """
+        found: list[tuple[Difference, list[str], list[_Near]]] = []
+        for difference in self.layers.differences(layer, other):
+            inside = [kind for kind in lacking if self._is_in(difference, kind, other)]
+            near = [
+                one for one in own if self._concerns(one, difference) or self._kind(one.miss.fusion, lacking) in inside
+            ]
+            own = [one for one in own if one not in near]
+            kinds = list(dict.fromkeys([*(self._kind(one.miss.fusion, lacking) for one in near), *inside]))
+            lacking = tuple(kind for kind in lacking if kind not in kinds)
+            if kinds or unique:
+                found.append((difference, kinds, near))
+        yield from self._by_pattern(own, lacking)
+        for difference, kinds, near in sorted(found, key=lambda one: not one[1])[:DIFFERENCES]:
+            missed = tuple(dict.fromkeys([*kinds, *lacking])) if kinds else ()
+            lacking = () if kinds else lacking  # the others are not there because these are not
+            named = [one for one in near if _names(one, difference.here)]
             if named:
-                yield self._of_pattern(named[:1], missed, odd=True), own
-                continue
-            expected, found = self.layers.describe(difference)
-            replaced = [c for c in self.explanation.constructs if c.layer == other and c.kind in missed]
-            size = replaced[0].size if replaced else 0
-            yield (
-                Reason(
-                    DIFFERENCE,
-                    missed,
-                    here.sources,
-                    expected,
-                    f"{found} at {here.sources[0]}",
-                    own[0].miss.line if own else replaced[0].line if replaced else "",
-                    own[0].miss.matched if own else max(0, size - 1),
-                    own[0].miss.total if own else size,
-                    (self.layers.home(here.sources),),
-                    (layer,),
-                    True,
-                ),
-                own,
-            )
+                reason = self._of_pattern(named[:1], missed, odd=True)
+                if named[0].miss.rank == STRUCTURE:
+                    reason.others = "   here ".join(self.layers.describe(difference))
+                yield reason, near
+            else:
+                yield self._of_layers(layer, other, difference, missed, near), near
+
+    def _of_layers(
+        self, layer: Layer, other: Layer, difference: Difference, missed: tuple[str, ...], near: Sequence[_Near]
+    ) -> Reason:
+        """What a layer has where another one has something else."""
+        here = difference.here
+        expected, found = self.layers.describe(difference)
+        replaced = [c for kind in missed for c in self.explanation.constructs if c.layer == other and c.kind == kind]
+        if near:
+            line, matched, total = near[0].miss.line, near[0].miss.matched, near[0].miss.total
+        elif replaced:
+            line, matched, total = replaced[0].line, replaced[0].size - 1, replaced[0].size
+        else:
+            line, matched, total = "", 0, 0
+        return Reason(
+            DIFFERENCE, missed, here.sources, expected, f"{found} at {here.sources[0]}", line, matched, total,
+            (Spot(layer, self.layers.home(here.sources), here.sources[0]),), True,
+        )  # fmt: skip
 
     def _concerns(self, near: _Near, difference: Difference) -> bool:
-        return _names(near, difference.here) or bool({*near.place.sources} & {*difference.here.sources})
+        return _names(near, difference.here) or bool({*near.place.sources} & self.layers.around(difference.here))
 
     def _is_in(self, difference: Difference, kind: str, other: Layer) -> bool:
         """Whether the other layer's counterpart of a different node is a part of such a construct."""
-        there = difference.there
-        return there is not None and any(
-            {*there.sources} & {*c.sources}
-            for c in self.explanation.constructs
-            if c.layer == other and c.kind == kind
-        )
+        around = self.layers.around(difference.there) if difference.there is not None else set()
+        return any(around & {*c.sources} for c in self.explanation.constructs if c.layer == other and c.kind == kind)
 
 
 def _names(near: _Near, step: Step) -> bool:

@@ -5,10 +5,11 @@ them is cut where its fused constructs repeat.
 """
 
 import re
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mode
+from itertools import pairwise
 from typing import NamedTuple
 
 from fuser.dims import text
@@ -16,10 +17,13 @@ from fuser.graph import Graph, Node, Value
 from fuser.pattern import COMMUTATIVE
 
 HOME_SHARE = 0.75  # how much of a construct lies in the module it is said to be in
+OFTEN = 0.75  # ... of how often others come: about as often
+SMALL = 8  # whole numbers that are compared one by one: axes, bounds, shapes
 SHARED_LAYERS = 3  # what so many layers read (a mask, rotary tables) is no layer's own
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Layer:
     """One layer: the path of the stack it stands in (`model.layers`; "" without metadata), and its number there."""
 
     stack: str
@@ -67,10 +71,10 @@ def _input(value: Value | None, numbers: Mapping[Node, int]) -> tuple[int, int] 
     if value.producer is not None:
         return numbers[value.producer], value.index
     if value.constant is not None:
-        kind, number = f"constant {value.dtype}{text(value.shape)}", value.scalar
-        if number is None and value.dtype is not None and not value.dtype.is_float and value.constant.size <= 8:
-            return f"{kind} {value.constant.numpy().tolist()}"
-        return kind if number is None else f"{kind} {number:g}"
+        kind = f"constant {value.dtype}{text(value.shape)}"
+        if value.dtype is not None and not value.dtype.is_float and value.constant.size <= SMALL:
+            return f"{kind} = {value.constant.numpy().tolist()}"
+        return kind if value.scalar is None else f"{kind} = {value.scalar:g}"
     return f"input {value.dtype} of rank {value.rank}"
 
 
@@ -101,15 +105,16 @@ class Layers:
         self.steps = steps
         self._step_of = {source: number for number, step in enumerate(steps) for source in step.sources}
         self._relative: dict[str, str] = {}
-        self.named = self._by_modules()
-        if not any(layer is not None for layer in self.of_steps):
+        self.of_steps = self._by_modules()
+        self.named = any(layer is not None for layer in self.of_steps)
+        if not self.named:
             self.of_steps = self._by_structure(parts)
         self._read_by: dict[int, set[Layer]] = defaultdict(set)
         for layer, step in zip(self.of_steps, steps, strict=True):
             for given in step.inputs:
                 if isinstance(given, tuple) and layer is not None:
                     self._read_by[given[0]].add(layer)
-        readers: dict[int, set[int]] = defaultdict(set)
+        readers = self._readers = defaultdict[int, set[int]](set)
         for number, step in enumerate(steps):
             for given in step.inputs:
                 if isinstance(given, tuple):
@@ -140,8 +145,8 @@ class Layers:
         paths = [tuple(module.split(".")) for module in modules if module]
         for path in paths:
             counts.update(path[:length] for length in range(1, len(path) + 1))
-        most = [path for path, count in counts.items() if count >= HOME_SHARE * len(paths)]
-        return ".".join(max(most, key=len, default=()))
+        most = sorted((len(path), path) for path, count in counts.items() if count >= HOME_SHARE * len(paths))
+        return ".".join(most[-1][1]) if most else ""
 
     def of(self, sources: Sequence[str]) -> Layer | None:
         """The layer that some source nodes belong to: that of their home, or of half of them; unnamed, of the last."""
@@ -170,7 +175,7 @@ class Layers:
 
     # Layers by the paths of modules.
 
-    def _by_modules(self) -> bool:
+    def _by_modules(self) -> list[Layer | None]:
         indices: dict[str, set[int]] = defaultdict(set)
         for module in {step.module for step in self.steps}:
             for stack, index, _, _ in _numbered(module):
@@ -182,8 +187,7 @@ class Layers:
             if not step.module:
                 given = [own[i] for i, _ in (g for g in step.inputs if isinstance(g, tuple))]
                 own[number] = max((layer for layer in given if layer is not None), default=None)
-        self.of_steps: list[Layer | None] = own
-        return any(layer is not None for layer in own)
+        return own
 
     def _split(self, module: str) -> Layer | None:
         """The outermost layer in a path. A number by itself is one; a name that ends in one only where it counts on."""
@@ -196,45 +200,57 @@ class Layers:
     # Layers by the constructs that repeat.
 
     def _by_structure(self, parts: Sequence[Part]) -> list[Layer | None]:
-        """A layer begins at the construct before each one that stands in every layer once."""
-        ordered = sorted((self.depth(part.sources), part) for part in parts)
-        counts = Counter(part.kind for part in parts)
-        repeated = [count for kind, count in counts.items() if count > 1]
-        if not repeated:
-            return [None] * len(self.steps)
-        number = mode(sorted(repeated))
-        spine = next(part.kind for _, part in ordered if counts[part.kind] == number)
-        first = {part: min(self.steps[i].depth for i in self._numbers(part.sources)) for _, part in ordered}
+        """A layer begins at the construct before each one of the kind that comes back most regularly."""
+        ordered = sorted(parts, key=lambda part: self.depth(part.sources))
+        spine = self._spine(ordered)
         leaders = [
-            before if before is not None and before.kind != spine else part
-            for before, (_, part) in zip([None, *(part for _, part in ordered)], ordered, strict=False)
+            (before if before is not None and before.kind != spine else part, part)
+            for before, part in zip([None, *ordered], ordered, strict=False)
             if part.kind == spine
         ]
-        usual = {kind for kind, count in Counter(part.kind for part in leaders).items() if count > 1} | {
-            leaders[0].kind
-        }
-        spines = [part for _, part in ordered if part.kind == spine]
-        starts = [
-            first[leader if leader.kind in usual or not leader.fused else part]
-            for leader, part in zip(leaders, spines, strict=True)
-        ]
-        spans = [after - before for before, after in zip(starts, starts[1:], strict=False)]
-        ends = [*starts[1:], starts[-1] + mode(spans)]
+        kinds = Counter(leader.kind for leader, _ in leaders)
+        starts = []
+        for leader, part in leaders:
+            usual = kinds[leader.kind] > 1 or leader is leaders[0][0] or not leader.fused
+            numbers = self._numbers((leader if usual else part).sources)
+            starts.append(min(self.steps[number].depth for number in numbers))
+        if not starts:
+            return [None] * len(self.steps)
+        ends = [*starts[1:], starts[-1] + _regularity(starts)[1]]
         found: list[Layer | None] = []
         for step in self.steps:
-            at = next((i for i, end in enumerate(ends) if step.depth < end), None)
-            found.append(None if at is None or step.depth < starts[0] else Layer("", at))
+            at = bisect_right(ends, step.depth)
+            found.append(Layer("", at) if at < len(ends) and step.depth >= starts[0] else None)
         return found
+
+    def _spine(self, ordered: Sequence[Part]) -> str | None:
+        """The kind whose places are most evenly spaced, of those that come about as often as most kinds do."""
+        depths: dict[str, list[int]] = defaultdict(list)
+        for part in ordered:
+            depths[part.kind].append(self.depth(part.sources))
+        best: tuple[tuple[float, int], str] | None = None
+        for kind, own in depths.items():
+            often = sum(len(other) >= OFTEN * len(own) for other in depths.values())
+            rarely = sum(len(own) >= OFTEN * len(other) for other in depths.values())
+            if len(own) > 1 and 2 * min(often, rarely) > len(depths):
+                order = _regularity(own)[0], len(own)
+                if best is None or order > best[0]:
+                    best = order, kind
+        return best[1] if best is not None else None
 
     # Where a layer is not like another.
 
     def usual(self, layers: Sequence[Layer]) -> list[Layer]:
         """Those of some layers that compute the same, where that is most of them."""
-        alike: dict[frozenset[tuple[int, int]], list[Layer]] = defaultdict(list)
-        for layer in layers:
-            alike[frozenset(Counter(self._keys(layer).values()).items())].append(layer)
-        most = max(alike.values(), key=len, default=[])
+        most = max(self.alike(layers), key=len, default=[])
         return most if 2 * len(most) > len(layers) else []
+
+    def alike(self, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """Some layers, those together that compute the same."""
+        found: dict[frozenset[tuple[int, int]], list[Layer]] = defaultdict(list)
+        for layer in layers:
+            found[frozenset(Counter(self._keys(layer).values()).items())].append(layer)
+        return list(found.values())
 
     def differences(self, layer: Layer, other: Layer) -> list[Difference]:
         """Where `layer` parts from `other`: its steps without a counterpart there, though all that they read has one."""
@@ -246,8 +262,7 @@ class Layers:
             if any(isinstance(given, tuple) and given[0] in odd for given in step.inputs):
                 continue
             same = [other for other in missing if self.steps[other].op == step.op]
-            counterpart = (same or missing or [None])[0]
-            found.append(Difference(step, None if counterpart is None else self.steps[counterpart]))
+            found.append(Difference(step, self.steps[(same or missing)[0]] if missing else None))
         return found
 
     def _keys(self, layer: Layer) -> dict[int, int]:
@@ -277,6 +292,12 @@ class Layers:
         self._computed[layer] = found
         return found
 
+    def around(self, step: Step) -> set[str]:
+        """The source nodes of a step and of those that read what it makes."""
+        numbers = self._numbers(step.sources)
+        numbers += [reader for number in numbers for reader in self._readers[number]]
+        return {source for number in numbers for source in self.steps[number].sources}
+
     def describe(self, difference: Difference) -> tuple[str, str]:
         """What stands in the other layer and what in this one, in as many words as it takes to tell them apart."""
         here, there = difference
@@ -286,11 +307,12 @@ class Layers:
         return next((pair for pair in pairs if pair[0] != pair[1]), (self._text(there, 0), self._text(here, 0)))
 
     def _text(self, step: Step, detail: int) -> str:
-        """`Concat(Neg, Split)`; with attributes from detail 1 on, with names and types of inputs from 2, with readers at 3."""
+        """`Concat(Neg, Split)`; from detail 1 on with attributes, from 2 on with names and numbers for what it reads."""
         inputs = []
         for given in step.inputs:
             if isinstance(given, str):
-                inputs.append(given if detail > 1 else given.split()[0])
+                kind, _, exact = given.partition(" ")
+                inputs.append(exact.rpartition(" = ")[2] if detail > 1 and kind == "constant" else kind)
             else:
                 maker = self.steps[given[0]]
                 inputs.append(maker.sources[0] if detail > 1 else maker.op)
@@ -300,13 +322,21 @@ class Layers:
 
 def _without(keys: dict[int, int], others: dict[int, int]) -> dict[int, None]:
     """The steps that others have no equal of, each other one counted once."""
-    left, found = Counter(others.values()), {}
+    left = Counter(others.values())
+    found: dict[int, None] = {}
     for number, key in keys.items():
         if left[key] > 0:
             left[key] -= 1
         else:
             found[number] = None
     return found
+
+
+def _regularity(depths: Sequence[int]) -> tuple[float, int]:
+    """The share of the commonest distance between neighbours, and that distance."""
+    spans = Counter(after - before for before, after in pairwise(depths))
+    span, count = spans.most_common(1)[0]
+    return (count / (len(depths) - 1) if span else 0.0), span
 
 
 _NUMBERED = re.compile(r"(\D*?)[_\[]*(\d+)\]?_?")

@@ -8,12 +8,15 @@ from fuser.checking import Checker, Rewrite
 from fuser.constants import Constant
 from fuser.fused import FusedOp, Source
 from fuser.graph import FUSER, Graph, Node, Origin, Value
-from fuser.matching import CHECK, Failure, Matcher, operator_counts
+from fuser.matching import CHECK, Failure, Matcher, anchors, operator_counts
+from fuser.nearness import Nearest
 from fuser.pattern import Match
 
 # How much of a pattern must match before a structural failure counts as a near miss.
 NEAR = 0.6
 NEAR_NODES = 3
+NEAR_AT_BEST = 0.65  # ... where what is wrong was passed over
+ANCHORS = 2  # from which a place that is left is looked at
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
             kind = operator_of_node.kind_of(node)
             outcome.fused[kind] = outcome.fused.get(kind, 0) + 1
             outcome.constructs.append(Fused(kind, node.op, node.origin.sources, lines.get(node, "")))
-    outcome.misses = _near_misses(graph, failures)
+    outcome.misses = _near_misses(graph, _nearest(graph, operators) + failures)
     outcome.checked, outcome.reused = checker.checked, checker.reused
     return outcome
 
@@ -195,6 +198,22 @@ def _input(graph: Graph, operator: FusedOp, given: Value | Constant | None, inde
     return graph.derived[given.key]
 
 
+def _nearest(graph: Graph, operators: Sequence[FusedOp]) -> list[tuple[FusedOp, Failure, Node]]:
+    """What the places left are nearest to, looked at from two nodes of each pattern: one of them may be what is wrong."""
+    counts, found = operator_counts(graph), []
+    for operator in operators:
+        for source in operator.sources:
+            if source.size <= NEAR_NODES:
+                continue
+            for start in anchors(source, counts)[:ANCHORS]:
+                matcher = Nearest(graph, source, counts, start)
+                for anchor in matcher.candidates():
+                    failure = matcher.nearest(anchor)
+                    if failure is not None and failure.matched >= NEAR_AT_BEST * failure.total:
+                        found.append((operator, failure, anchor))
+    return found
+
+
 def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) -> list[Miss]:
     """The failures whose place is still unfused, each place's closest one, like ones folded into one, closest first."""
     closest: dict[Node, tuple[FusedOp, Failure]] = {}
@@ -207,8 +226,8 @@ def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) ->
     misses: dict[tuple[str, str, int, int, str], Miss] = {}
     explained: list[frozenset[Node]] = []
     for anchor, (operator, failure) in ranked:
-        if any(failure.nodes <= nodes for nodes in explained):
-            continue  # part of a place that is reported already: the norm inside a LayerNorm
+        if any(2 * len(failure.nodes & nodes) > len(failure.nodes) for nodes in explained):
+            continue  # most of the place is reported already: the norm inside a LayerNorm
         explained.append(failure.nodes)
         place = failure.place if failure.place is not None else anchor
         reason = failure.expected if failure.rank == CHECK else ""  # other reasons name the values of one place

@@ -88,15 +88,15 @@ class Layer:
 
     def turned(self, nth: int) -> NodeProto:
         """The Concat of rotate_half, of queries (0) and keys (1)."""
-        return [node for node in self.modules["self_attn"] if node.op_type == "Concat" and node.input[0].startswith("neg")][
-            nth
-        ]
+        return [
+            node for node in self.modules["self_attn"] if node.op_type == "Concat" and node.input[0].startswith("neg")
+        ][nth]
 
     def cache(self, nth: int) -> NodeProto:
         """The Concat of past and new, of keys (0) and values (1)."""
-        return [node for node in self.modules["self_attn"] if node.op_type == "Concat" and node.input[0].startswith("past")][
-            nth
-        ]
+        return [
+            node for node in self.modules["self_attn"] if node.op_type == "Concat" and node.input[0].startswith("past")
+        ][nth]
 
     def reader(self, value: str) -> NodeProto:
         return next(node for node in self.graph.node if value in node.input)
@@ -173,7 +173,6 @@ def sin_for_cos(layer: Layer) -> None:
 @_break
 def halves_subtracted(layer: Layer) -> None:
     layer.change(layer.node("self_attn", "Add", 0), "Sub")
-
 
 
 # Norms
@@ -317,9 +316,8 @@ def scale_fed_in(layer: Layer) -> None:
 def mask_after_the_softmax(layer: Layer) -> None:
     softmax = layer.node("self_attn", "Softmax")
     masked = layer.maker(softmax.input[0])
-    scores, mask = masked.input
     weights = softmax.output[0]
-    layer.reads(softmax, 0, scores)
+    layer.reads(softmax, 0, masked.input[0])
     softmax.output[0] = masked.output[0]
     layer.reads(masked, 0, masked.output[0])
     masked.output[0] = weights
@@ -332,7 +330,7 @@ def mask_after_the_softmax(layer: Layer) -> None:
 
 @_break
 def guarded_by_one(layer: Layer) -> None:
-    layer.reads(layer.node("self_attn", "Where"), 1, layer.const(1.0))
+    layer.reads(layer.node("self_attn", "Where", -1), 1, layer.const(1.0))
 
 
 @_break
@@ -350,7 +348,9 @@ def weights_given_out(layer: Layer) -> None:
 
 @_break
 def keys_not_turned(layer: Layer) -> None:
-    turn = next(node for node in layer.modules["self_attn"] if node.op_type == "Transpose" and len(node.attribute[0].ints) == 3)
+    turn = next(
+        node for node in layer.modules["self_attn"] if node.op_type == "Transpose" and len(node.attribute[0].ints) == 3
+    )
     layer.change(turn, perm=[1, 0, 2])
 
 
@@ -363,7 +363,7 @@ def scores_clipped(layer: Layer) -> None:
 def values_scaled_by_channel(layer: Layer) -> None:
     """After the softmax, before the values: one factor a row."""
     softmax = layer.node("self_attn", "Softmax")
-    reader = layer.node("self_attn", "Where")
+    reader = layer.node("self_attn", "Where", -1)
     assert reader.input[2] == softmax.output[0]
     layer.between(reader, 2, "Mul", layer.const(np.linspace(0.5, 1.5, 6).reshape(1, 6, 1, 1)))
 
@@ -383,7 +383,9 @@ def new_keys_before_old(layer: Layer) -> None:
 def new_values_over_old_heads(layer: Layer) -> None:
     """What is read of the cache is a part of it."""
     concat = layer.cache(1)
-    reader = next(node for node in layer.modules["self_attn"] if node.op_type == "Unsqueeze" and concat.output[0] in node.input)
+    reader = next(
+        node for node in layer.modules["self_attn"] if node.op_type == "Unsqueeze" and concat.output[0] in node.input
+    )
     layer.between(reader, 0, "Neg")
 
 
