@@ -8,15 +8,17 @@ from time import perf_counter
 
 import onnx
 
-from fuser import patterns
+from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
 from fuser.dtypes import DType
 from fuser.errors import UsageError, VerificationError
+from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
 from fuser.graph import Graph
 from fuser.importer import external_files, from_proto, read_model
+from fuser.layers import steps
 from fuser.lowering import TARGETS
-from fuser.report import Report, miss_lines
+from fuser.report import Report, explanation_text
 from fuser.rewriting import rewrite
 from fuser.verification import WEIGHT_LIMIT_BYTES, Role, Verification, compare, roles
 
@@ -42,12 +44,14 @@ class FusedModel:
         check_output(path, self.sources)
         self._artifact.write(path, keep=self.sources)
 
-    def explain(self) -> str:
-        """What was fused, and every near miss with its reason."""
-        lines = [f"{name}: {count} fused" for name, count in sorted(self.report.fused.items())] or ["nothing fused"]
-        for miss in self.report.misses:
-            lines += ["", *miss_lines(miss)]
-        return "\n".join(lines if self.report.misses else [*lines, "", "no near misses"])
+    def explain(self, *, everything: bool = False) -> str:
+        """By layer what was fused, and why the rest was not, the likeliest reasons first.
+
+        Args:
+            everything: every reason and every place of it, not only the first ones.
+        """
+        assert self.report.explanation is not None
+        return explanation_text(self.report.explanation, everything=everything)
 
 
 def check_output(path: str | os.PathLike[str], sources: Collection[Path]) -> None:
@@ -88,32 +92,9 @@ def fuse(
         UsageError: an unknown target or dim.
         VerificationError: original and fused model disagree.
     """
-    if target not in TARGETS:
-        raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
-    path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    report = Report(str(path) if path else "ModelProto", target)
-    note = progress or (lambda stage: None)
-
-    with _stage(report, "read", note):
-        if path is not None:
-            proto = read_model(path)
-        else:
-            proto = onnx.ModelProto()
-            proto.CopyFrom(model)
-        report.nodes_before = len(proto.graph.node)
-        sources = {path, *external_files(proto, path.parent)} if path else set()
-        graph = from_proto(proto, path.parent if path else Path(), dims, path)
-        report.weights_bytes_before = _weight_bytes(graph)
-    with _stage(report, "canonicalize", note):
-        canonicalize(graph)
-        found, unfit = _roles(graph) if verify else ([], "")
-    start = perf_counter()
-    note("fuse")
-    outcome = rewrite(graph, patterns.ALL, verify=verify)
-    report.fused, report.misses = outcome.fused, outcome.misses
-    report.checked, report.reused = outcome.checked, outcome.reused
-    report.stages_s["match"], report.stages_s["check"] = outcome.match_s, outcome.check_s
-    report.stages_s["rewrite"] = max(0.0, perf_counter() - start - outcome.match_s - outcome.check_s)
+    path = _path(model)
+    report, note = _report(path, target), progress or (lambda stage: None)
+    graph, sources, (found, unfit) = _rewritten(model, dims, verify, report, note)
     with _stage(report, "export", note):
         artifact = export(graph, target, report.fused)
     report.nodes_after = len(artifact.model.graph.node)
@@ -141,6 +122,70 @@ def fuse(
             f"the fused model differs from the original by more than {tolerance} ({cases}); nothing was written"
         )
     return fused
+
+
+def explain(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    target: str = "ort",
+    dims: Mapping[str, int] | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Says by layer what `fuse` would fuse, and why it would not fuse the rest; takes and raises what `fuse` does.
+
+    Rewrites are proven as `fuse` proves them; nothing is compared end to end, for nothing is made to be run.
+    """
+    report = _report(_path(model), target)
+    _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
+    assert report.explanation is not None
+    return report.explanation
+
+
+def _path(model: str | os.PathLike[str] | onnx.ModelProto) -> Path | None:
+    return None if isinstance(model, onnx.ModelProto) else Path(model)
+
+
+def _report(path: Path | None, target: str) -> Report:
+    if target not in TARGETS:
+        raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
+    return Report(str(path) if path else "ModelProto", target)
+
+
+def _rewritten(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    dims: Mapping[str, int] | None,
+    verify: bool,
+    report: Report,
+    note: Progress,
+    *,
+    compared: bool = True,
+) -> tuple[Graph, Collection[Path], tuple[list[Role], str]]:
+    """The fused graph, the files it was read from, and its inputs' roles or the reason why inputs cannot be made."""
+    path = _path(model)
+    with _stage(report, "read", note):
+        if isinstance(model, onnx.ModelProto):
+            proto = onnx.ModelProto()
+            proto.CopyFrom(model)
+        else:
+            proto = read_model(Path(model))
+        report.nodes_before = len(proto.graph.node)
+        sources = {path, *external_files(proto, path.parent)} if path else set()
+        graph = from_proto(proto, path.parent if path else Path(), dims, path)
+        report.weights_bytes_before = _weight_bytes(graph)
+        before = steps(graph)
+    with _stage(report, "canonicalize", note):
+        canonicalize(graph)
+        inputs = _roles(graph) if verify and compared else ([], "")
+    start = perf_counter()
+    note("fuse")
+    outcome = rewrite(graph, patterns.ALL, verify=verify)
+    report.fused, report.misses = outcome.fused, outcome.misses
+    report.checked, report.reused = outcome.checked, outcome.reused
+    report.explanation = explanation.explain(report.model, report.nodes_before, before, outcome)
+    report.stages_s["match"], report.stages_s["check"] = outcome.match_s, outcome.check_s
+    report.stages_s["rewrite"] = max(0.0, perf_counter() - start - outcome.match_s - outcome.check_s)
+    return graph, sources, inputs
 
 
 def _roles(graph: Graph) -> tuple[list[Role], str]:

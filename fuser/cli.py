@@ -1,20 +1,50 @@
-"""The command: `fuse model.onnx -o fused.onnx`."""
+"""The command: `fuse model.onnx -o fused.onnx`, and those beside it: `fuse explain model.onnx`."""
 
 import json
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
 from fuser.errors import ExpectationError, FuserError, UsageError
 from fuser.version import __version__
 
 QUIET_SECONDS = 2.0
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+DEFAULT = "fuse"
+
+
+class Commands(TyperGroup):
+    """Commands by name, and without a name the default one: a file called like a command is `./explain`."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        name = args[0] if args and args[0] in self.commands and args[0] != DEFAULT else ""
+        if name:
+            return self.commands[name].make_context(f"{info_name} {name}", args[1:], parent, **extra)
+        return self.commands[DEFAULT].make_context(info_name, args, parent, obj=self, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        return ctx.command.invoke(ctx)
+
+
+class DefaultCommand(TyperCommand):
+    """The default command, whose help lists the others."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        others = [command for name, command in ctx.obj.commands.items() if name != DEFAULT]
+        with formatter.section("Commands"):
+            formatter.write_dl([(command.name, command.get_short_help_str(formatter.width)) for command in others])
+        super().format_epilog(ctx, formatter)
+
+
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Progress:
@@ -85,48 +115,17 @@ def _unmet(report: Any, expected: dict[str, int], strict: bool) -> list[str]:
     return found
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def fuse(
-    model: Annotated[Path, typer.Argument(help="The ONNX file to fuse.", show_default=False)],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Where to write the fused model; without it, only the report is made."),
-    ] = None,
-    target: Annotated[
-        str, typer.Option(help="ort: runs in stock ONNX Runtime. functions: fused nodes with standard bodies.")
-    ] = "ort",
-    dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="Fix a named dim of the inputs.")] = None,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify/--no-verify", help="Prove every rewrite, and compare the result with the original."),
-    ] = True,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Show every near miss and its reason.")] = False,
-    expect: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FUSION=N", help="Fail (exit 5, nothing written) unless exactly N were fused."),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Fail (exit 5, nothing written) on any near miss, or if nothing was compared."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of internal errors.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Find the transformer in an ONNX file, fuse it, prove every rewrite, and write a file stock ONNX Runtime runs.
+def _lines(text: str) -> str:
+    return "\n".join(map(_line, text.split("\n")))
 
-    Exit codes: 0 done, 1 failure, 2 usage, 3 input not supported, 4 verification failed (nothing written), 5 --expect or
-    --strict unmet (nothing written).
-    """
+
+@contextmanager
+def _failing(*, quiet: bool, verbose: bool) -> Iterator[tuple[Console, Progress]]:
+    """The console and the progress of a command; whatever is raised ends it with one line and its exit code."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     progress = Progress(console, not quiet)
     try:
-        _run(console, progress, model, output, target, _sizes(dim or [], "--dim"), verify, report, explain,
-             _sizes(expect or [], "--expect"), strict, as_json, quiet)  # fmt: skip
+        yield console, progress
     except FuserError as error:
         progress.stop()
         console.print(_line(f"fuse: {error}"), markup=False)
@@ -149,6 +148,83 @@ def fuse(
         raise typer.Exit(1) from None
     finally:
         progress.stop()
+
+
+Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
+Dims = Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="Fix a named dim of the inputs.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of internal errors.")]
+
+
+@app.command(DEFAULT, cls=DefaultCommand, context_settings=HELP)
+def fuse(
+    model: Annotated[Path, typer.Argument(help="The ONNX file to fuse.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Where to write the fused model; without it, only the report is made."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="ort: runs in stock ONNX Runtime. functions: fused nodes with standard bodies.")
+    ] = "ort",
+    dim: Dims = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Prove every rewrite, and compare the result with the original."),
+    ] = True,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show by layer what was fused, and every near miss.")
+    ] = False,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FUSION=N", help="Fail (exit 5, nothing written) unless exactly N were fused."),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Fail (exit 5, nothing written) on any near miss, or if nothing was compared."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
+    verbose: Verbose = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find the transformer in an ONNX file, fuse it, prove every rewrite, and write a file stock ONNX Runtime runs.
+
+    Exit codes: 0 done, 1 failure, 2 usage, 3 input not supported, 4 verification failed (nothing written), 5 --expect or
+    --strict unmet (nothing written).
+    """
+    with _failing(quiet=quiet, verbose=verbose) as (console, progress):
+        _run(console, progress, model, output, target, _sizes(dim or [], "--dim"), verify, report, explain,
+             _sizes(expect or [], "--expect"), strict, as_json, quiet)  # fmt: skip
+
+
+@app.command("explain", context_settings=HELP)
+def explain_(
+    model: Model,
+    target: Annotated[str, typer.Option(help="What it is to be fused for, as of `fuse`.")] = "ort",
+    dim: Dims = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the explanation as JSON.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show every near miss and every place of it, not only the likeliest.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say by layer what is fused, and why the rest is not.
+
+    The likeliest reason comes first. Rewrites are proven as `fuse` proves them; nothing is written. Exit codes: those of
+    `fuse`; near misses are no failure.
+    """
+    with _failing(quiet=False, verbose=verbose) as (_, progress):
+        from fuser import api
+        from fuser.report import explanation_text
+
+        explanation = api.explain(model, target=target, dims=_sizes(dim or [], "--dim"), progress=progress)
+        progress.stop()
+        if as_json:
+            print(json.dumps(explanation.to_json(), indent=2))
+        else:
+            print(_lines(explanation_text(explanation, everything=everything)))
 
 
 def _run(
@@ -190,7 +266,9 @@ def _run(
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     if not quiet:
-        console.print(record.text(misses=None if explain else 5), markup=False)
+        console.print(_lines(record.text(misses=0 if explain else 5)), markup=False)
+        if explain:
+            console.print(_lines(f"\n{fused.explain(everything=True)}"), markup=False)
         if output is not None and not unmet:
             console.print(f"\nwrote {output}", markup=False)
     if unmet:

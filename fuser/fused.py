@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +137,12 @@ class Source:
         required = [node for node in self.nodes if self._is_required(node)]
         self.required = [self.reader.node] if self.reader is not None else required or self.nodes
         self.size = len(_fewest(self.outputs))
+
+    @property
+    def line(self) -> str:
+        """`folder/file.py:line` of the function."""
+        code = self.function.__code__
+        return f"{'/'.join(Path(code.co_filename).parts[-2:])}:{code.co_firstlineno}"
 
     def _collect(self, pattern: Pattern | None, seen: dict[int, None]) -> None:
         if pattern is None or id(pattern) in seen:

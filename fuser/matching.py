@@ -3,11 +3,11 @@
 A match starts at the pattern's rarest operator, follows inputs backwards, and reaches the other outputs by climbing from
 what is already bound to its readers. The engine, not the pattern, sees to it that no interior value escapes and that the
 region is convex. Where there is no match, a second search that overlooks a wrong attribute or number finds out how near
-the place was, and what is wrong there.
+the place was, and what is wrong there; `fuser.nearness` overlooks a wrong node as well.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -80,7 +80,7 @@ def attribute(node: Node, name: str) -> Any:
     return _default(node.op, node.domain, name)
 
 
-def _is_like(node: Node, wanted: Apply) -> bool:
+def is_like(node: Node, wanted: Apply) -> bool:
     """Whether a node has the operator and, where the pattern names several, the outputs of a pattern's node."""
     return node.is_a(wanted.op, wanted.domain) and wanted.outputs in (1, len(node.outputs))
 
@@ -105,73 +105,87 @@ def describe(value: Value | None) -> str:
 
 def describe_node(node: Node) -> str:
     inputs = ", ".join((v.producer.op if v.producer else v.name) if v else "-" for v in node.inputs)
-    where = node.origin.sources[0] if node.origin.sources else node.name
-    return f"{node.op}({inputs}) at {where}"
+    return f"{node.op}({inputs}) at {name_of(node)}"
 
 
-class _OutOfSteps(Exception):
+def name_of(node: Node) -> str:
+    return node.origin.sources[0] if node.origin.sources else node.name
+
+
+class OutOfSteps(Exception):
     pass
 
 
 _UNBOUND: Any = object()
-Goals = tuple[Pattern | None, Value | None, Any] | None
+Goals = tuple[Pattern | None, Value | None, Apply | None, Any] | None  # with the pattern's node that reads the value
+Wrong = tuple[Apply, str, str, Node | None]
 
 
 class Matcher:
     """Matches one source against one graph."""
 
-    def __init__(self, graph: Graph, source: Source, counts: Mapping[tuple[str, str], int]) -> None:
+    budget = STEP_BUDGET
+
+    def __init__(
+        self, graph: Graph, source: Source, counts: Mapping[tuple[str, str], int], anchor: Apply | None = None
+    ) -> None:
         self.graph, self.source = graph, source
-        self.anchor = min(
-            source.required, key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node))
-        )
+        self.anchor = anchor or anchors(source, counts)[0]
         self.total = source.size
         self.failures: dict[Node, Failure] = {}
 
     def candidates(self) -> list[Node]:
         """The graph's nodes at which a match may be anchored."""
-        return [node for node in self.graph.nodes if _is_like(node, self.anchor)]
+        return [node for node in self.graph.nodes if is_like(node, self.anchor)]
 
     def match(self, node: Node) -> Match | None:
         """The first match anchored at `node`; a failure is kept in `failures`."""
-        self._best: Failure | None = None
-        self._exhausted = False
-        found = self._search(node, overlook=0)
-        best: Failure | None = self._best
-        if found is None and not self._exhausted and (best is None or best.rank == STRUCTURE):
-            self._search(node, overlook=OVERLOOKED)
-            best = self._best
-        if found is None and best is not None:
-            self.failures[node] = best
-        return found
-
-    def _search(self, node: Node, overlook: int) -> Match | None:
-        """The first match anchored at `node`. Up to `overlook` wrong attributes or numbers do not end a search."""
-        self._vars: dict[str, Value | None] = {}
-        self._nodes: dict[int, Node] = {}
-        self._attributes: dict[str, Any] = {}
-        self._outputs: list[Value] = []
-        self._wrong: list[tuple[Apply, str, str, Node | None]] = []
-        self._overlook = overlook
-        self._steps = 0
+        self._forget()
         try:
-            for _ in self._anchored(node):
-                if (found := self._accept()) is not None:
-                    return found
-        except _OutOfSteps:
-            self._exhausted = True
-            self._best = None
+            found = self._search(node, overlook=0)
+            if found is None and not self._is_complete():
+                self._search(node, overlook=OVERLOOKED)
+        except OutOfSteps:
+            found = None
+            self._forget()
             self._fail(
                 STRUCTURE, self.anchor, "a match or its end within the step budget", f"neither in {STEP_BUDGET} steps",
                 node, matched=self.total,
             )  # fmt: skip
+        if found is None and self._best is not None:
+            self.failures[node] = self._best
+        return found
+
+    def _forget(self) -> None:
+        self._best: Failure | None = None
+
+    def _is_complete(self) -> bool:
+        """Whether the nearest failure is of a complete match."""
+        return self._best is not None and self._best.rank != STRUCTURE
+
+    def _search(self, node: Node, overlook: int) -> Match | None:
+        """The first match anchored at `node`. Up to `overlook` wrong attributes or numbers do not end a search.
+
+        Raises:
+            OutOfSteps: the search was not at its end when the budget was.
+        """
+        self._vars: dict[str, Value | None] = {}
+        self._nodes: dict[int, Node] = {}
+        self._attributes: dict[str, Any] = {}
+        self._outputs: list[Value] = []
+        self._wrong: list[Wrong] = []
+        self._overlook = overlook
+        self._steps = 0
+        for _ in self._anchored(node):
+            if (found := self._accept()) is not None:
+                return found
         return None
 
     def _anchored(self, node: Node) -> Iterator[None]:
         for index in range(len(node.outputs)):
             pattern = next((p for p in self._results() if p.node is self.anchor and p.index == index), None)
             if pattern is not None:
-                for _ in self._solve((pattern, node.outputs[index], None)):
+                for _ in self._solve((pattern, node.outputs[index], None, None)):
                     yield from self._climb(0)
                 return
 
@@ -197,11 +211,11 @@ class Matcher:
             yield
             return
         self._steps += 1
-        if self._steps > STEP_BUDGET:
-            raise _OutOfSteps
-        pattern, value, rest = goals
+        if self._steps > self.budget:
+            raise OutOfSteps
+        pattern, value, by, rest = goals
         if isinstance(pattern, Result):
-            yield from self._solve_node(pattern, value, rest)
+            yield from self._solve_node(pattern, value, by, rest)
         elif isinstance(pattern, Var):
             bound = self._vars.get(pattern.name, _UNBOUND)
             if bound is _UNBOUND:
@@ -215,11 +229,12 @@ class Matcher:
                 yield from self._solve(rest)
             else:
                 self._mismatch(f"{pattern.name} again ({describe(bound)})", value)
+                yield from self._misread(by, f"{pattern.name} again ({describe(bound)})", value, rest, bound)
         elif isinstance(pattern, Either):
             for alternative in pattern.alternatives[:-1]:
                 if not _is_elsewhere(alternative, value):
-                    yield from self._solve((alternative, value, rest))
-            yield from self._solve((pattern.alternatives[-1], value, rest))
+                    yield from self._solve((alternative, value, by, rest))
+            yield from self._solve((pattern.alternatives[-1], value, by, rest))
         elif isinstance(pattern, Literal):
             if value is not None and pattern.accepts(value):
                 yield from self._solve(rest)
@@ -230,11 +245,11 @@ class Matcher:
             else:
                 self._mismatch(f"constant {pattern}", value)
         elif isinstance(pattern, Absent):
-            yield from self._solve(rest if value is None else (pattern.present, value, rest))
+            yield from self._solve(rest if value is None else (pattern.present, value, by, rest))
         elif value is None:
             yield from self._solve(rest)
 
-    def _solve_node(self, pattern: Result, value: Value | None, rest: Goals) -> Iterator[None]:
+    def _solve_node(self, pattern: Result, value: Value | None, by: Apply | None, rest: Goals) -> Iterator[None]:
         wanted = pattern.node
         node = value.producer if value is not None else None
         bound = self._nodes.get(id(wanted))
@@ -242,16 +257,14 @@ class Matcher:
             if node is bound and value is not None and value.index == pattern.index:
                 yield from self._solve(rest)
             else:
-                self._fail(
-                    STRUCTURE,
-                    wanted,
-                    f"the {wanted.op} at {bound.origin.sources[0] if bound.origin.sources else bound.name} again",
-                    describe(value),
-                    node,
-                )
+                expected = f"the {wanted.op} at {name_of(bound)} again"
+                self._fail(STRUCTURE, wanted, expected, describe(value), node)
+                same = bound.outputs[pattern.index] if pattern.index < len(bound.outputs) else None
+                yield from self._misread(by, expected, value, rest, same)
             return
-        if node is None or value is None or not _is_like(node, wanted) or value.index != pattern.index:
+        if node is None or value is None or not is_like(node, wanted) or value.index != pattern.index:
             self._fail(STRUCTURE, wanted, str(wanted), describe(value), node)
+            yield from self._edited(pattern, value, by, rest)
             return
         captured: dict[str, Any] = {}
         before_wrong = len(self._wrong)
@@ -260,8 +273,7 @@ class Matcher:
             if isinstance(expected, Capture):
                 captured[expected.name] = actual
             elif not _same(expected, actual):
-                at = node.origin.sources[0] if node.origin.sources else node.name
-                reason = (wanted, f"{wanted.op} with {name}={expected}", f"{name}={actual} at {at}", node)
+                reason = (wanted, f"{wanted.op} with {name}={expected}", f"{name}={actual} at {name_of(node)}", node)
                 if len(self._wrong) == self._overlook:
                     self._fail(STRUCTURE, *reason)
                     del self._wrong[before_wrong:]
@@ -272,24 +284,56 @@ class Matcher:
         if more or node in self._nodes.values():
             expected = f"{wanted.op} of {len(wanted.inputs)} inputs" if more else f"another {wanted.op}"
             self._fail(STRUCTURE, wanted, expected, describe(value), node)
+            if not more:
+                yield from self._misread(by, expected, value, rest)
             del self._wrong[before_wrong:]
             return
         inputs += [None] * (len(wanted.inputs) - len(inputs))
-        self._nodes[id(wanted)] = node
         before = self._attributes
         self._attributes = {**before, **captured} if captured else before
-        orders = permutations(wanted.inputs) if wanted.op in COMMUTATIVE and not wanted.domain else (wanted.inputs,)
+        if wanted.op in COMMUTATIVE and not wanted.domain:
+            yield from self._bind(wanted, node, permutations(wanted.inputs), rest)
+        else:
+            yield from self._bind(wanted, node, (wanted.inputs,), rest)
+            yield from self._turned(wanted, node, rest)
+        self._attributes = before
+        del self._wrong[before_wrong:]
+
+    def _bind(
+        self, wanted: Apply, node: Node, orders: Iterable[tuple[Pattern | None, ...]], rest: Goals
+    ) -> Iterator[None]:
+        """Every way to match a node's inputs, in any of some orders, with the node bound."""
+        self._nodes[id(wanted)] = node
+        inputs = [*node.inputs, *[None] * (len(wanted.inputs) - len(node.inputs))]
         for order in orders:
             goals = rest
             # Inputs that are nodes of the pattern decide most; they are tried before variables, which match anything.
             for sub, given in sorted(
                 zip(order, inputs[: len(order)], strict=True), key=lambda pair: isinstance(pair[0], (Result, Either))
             ):
-                goals = (sub, given, goals)
+                goals = (sub, given, wanted, goals)
             yield from self._solve(goals)
-        self._attributes = before
         del self._nodes[id(wanted)]
-        del self._wrong[before_wrong:]
+
+    # Where a match ends; `fuser.nearness` goes on.
+
+    def _misread(
+        self, by: Apply | None, expected: str, value: Value | None, rest: Goals, wanted: Value | None = None
+    ) -> Iterator[None]:
+        """`by` reads `value` and not what is expected."""
+        return iter(())
+
+    def _edited(self, pattern: Result, value: Value | None, by: Apply | None, rest: Goals) -> Iterator[None]:
+        """`value`, which `by` reads, is made by another node than the pattern's."""
+        return iter(())
+
+    def _turned(self, wanted: Apply, node: Node, rest: Goals) -> Iterator[None]:
+        """A node's inputs do not match in the order that they have."""
+        return iter(())
+
+    def _beside(self, wanted: Result, users: Iterable[Node]) -> list[Value]:
+        """Nothing that reads a value is what the pattern has there."""
+        return []
 
     def _climb(self, index: int) -> Iterator[None]:
         """Finds the pattern's outputs, from the first to the last, upward of what is bound."""
@@ -300,7 +344,7 @@ class Matcher:
         tried = False
         for value in self._reachable(pattern):
             tried = True
-            for _ in self._solve((pattern, value, None)):
+            for _ in self._solve((pattern, value, None, None)):
                 self._outputs.append(value)
                 yield from self._climb(index + 1)
                 self._outputs.pop()
@@ -322,8 +366,8 @@ class Matcher:
         # What a bound node makes has few readers; what a variable stands for may have many.
         for sub in sorted(pattern.node.inputs, key=lambda sub: not self._is_bound(sub)):
             users = dict.fromkeys(user for value in self._reachable(sub) for user in value.consumers)
-            found = [user.outputs[pattern.index] for user in users if _is_like(user, pattern.node)]
-            if found:
+            found = [user.outputs[pattern.index] for user in users if is_like(user, pattern.node)]
+            if found := found or self._beside(pattern, users):
                 return found
         return []
 
@@ -335,7 +379,8 @@ class Matcher:
 
     def _accept(self) -> Match | None:
         if self._wrong:
-            self._fail(STRUCTURE, *self._wrong[0], matched=self.total - len(self._wrong))
+            first = min(self._wrong, key=lambda wrong: wrong[3].place or 0.0 if wrong[3] else 0.0)
+            self._fail(STRUCTURE, *first, matched=min(len(self._nodes), self.total - len(self._wrong)))
             return None
         found = [(node, self._nodes[id(node)]) for node in self.source.nodes if id(node) in self._nodes]
         kept, beyond = (
@@ -420,7 +465,7 @@ def _is_elsewhere(pattern: Pattern, value: Value | None) -> bool:
     """Whether an alternative is out of the question at once: a node of another operator than the one that stands there."""
     if not isinstance(pattern, Result):
         return False
-    return value is None or value.producer is None or not _is_like(value.producer, pattern.node)
+    return value is None or value.producer is None or not is_like(value.producer, pattern.node)
 
 
 def _place(value: Value | None, region: list[Node]) -> Node:
@@ -451,6 +496,16 @@ def convex(region: list[Node], outputs: tuple[Value, ...]) -> bool:
     outward = [user for value in outputs for user in readers(value) if user not in inside]
     starts = [value for user in outward for value in user.outputs]
     return not (reaches(starts, lambda node: (node.place or 0.0) > last) & inside) and not (set(outward) & inside)
+
+
+def anchors(source: Source, counts: Mapping[tuple[str, str], int]) -> list[Apply]:
+    """The nodes every match of a source has, one of each operator, the rarest first."""
+    found: dict[tuple[str, str], Apply] = {}
+    for node in sorted(
+        source.required, key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node))
+    ):
+        found.setdefault((node.domain, node.op), node)
+    return list(found.values())
 
 
 def operator_counts(graph: Graph) -> Counter[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Applying patterns: match, check, replace; and keeping the reason wherever that stopped short."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -8,29 +8,76 @@ from fuser.checking import Checker, Rewrite
 from fuser.constants import Constant
 from fuser.fused import FusedOp, Source
 from fuser.graph import FUSER, Graph, Node, Origin, Value
-from fuser.matching import CHECK, Failure, Matcher, describe_node, operator_counts
+from fuser.matching import CHECK, Failure, Matcher, anchors, operator_counts
+from fuser.nearness import Nearest
 from fuser.pattern import Match
-from fuser.recognition import recognize
+from fuser.recognition import Refusal, recognize
 
 # How much of a pattern must match before a structural failure counts as a near miss.
 NEAR = 0.6
 NEAR_NODES = 3
+NEAR_AT_BEST = 0.65  # ... where what is wrong was passed over
+ANCHORS = 2  # from which a place that is left is looked at
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused node: what it is counted as, the source nodes it stands for, and the line of the source that matched."""
+
+    kind: str
+    operator: str
+    sources: tuple[str, ...]
+    line: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a near miss: the node to look at by its source nodes, those of all that had matched, the reason."""
+
+    at: tuple[str, ...]
+    sources: tuple[str, ...]
+    module: str
+    expected: str
+    found: str
+
+    @property
+    def node(self) -> str:
+        """The name of the node to look at."""
+        return self.at[0]
 
 
 @dataclass
 class Miss:
-    """A place that looked like a fusion and was not one."""
+    """Near misses that are alike: a fusion, the line where its pattern and the graph part, and every place."""
 
     fusion: str
-    module: str
-    node: str
     matched: int
     total: int
     line: str
-    expected: str
-    found: str
     rank: int
-    count: int = 1
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    # Of the first place, which stands for all.
+
+    @property
+    def module(self) -> str:
+        return self.places[0].module
+
+    @property
+    def node(self) -> str:
+        return self.places[0].node
+
+    @property
+    def expected(self) -> str:
+        return self.places[0].expected
+
+    @property
+    def found(self) -> str:
+        return self.places[0].found
 
 
 @dataclass
@@ -38,6 +85,7 @@ class Outcome:
     """What matching and rewriting did."""
 
     fused: dict[str, int] = field(default_factory=dict)
+    constructs: list[Fused] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     recognize_s: float = 0.0
     match_s: float = 0.0
@@ -56,12 +104,13 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
     """
     outcome, checker = Outcome(), Checker(graph.opset)
     failures: list[tuple[FusedOp, Failure, Node]] = []
+    lines: dict[Node, str] = {}
     start = perf_counter()
     refusals = recognize(graph, operators)
     outcome.recognize_s = perf_counter() - start
     for operator in operators:
         for source in operator.sources:
-            failures += _apply(graph, operator, source, checker if verify else None, outcome)
+            failures += _apply(graph, operator, source, checker if verify else None, outcome, lines)
         graph.sort()
     graph.prune()
     for node in graph.nodes:
@@ -69,13 +118,49 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
         if operator_of_node is not None:
             kind = operator_of_node.kind_of(node)
             outcome.fused[kind] = outcome.fused.get(kind, 0) + 1
-    outcome.misses = _near_misses(graph, failures)
+            outcome.constructs.append(Fused(kind, node.op, node.origin.sources, lines.get(node, "")))
+    outcome.misses = _near_misses(graph, _nearest(graph, operators) + failures) + _refused(refusals)
     outcome.checked, outcome.reused = checker.checked, checker.reused
     return outcome
 
 
+MOVES = frozenset({"Add", "And", "Cast", "Expand", "Max", "Min", "Mul", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where"})
+
+
+def _refused(refusals: Sequence[Refusal]) -> list[Miss]:
+    """What was looked at closely and is no closed form, where it masks the scores of an attention."""
+    misses = []
+    for refusal in refusals:
+        if not _masks(refusal.value) or refusal.value.producer is None:
+            continue
+        origin = refusal.value.producer.origin
+        at = origin.sources or (refusal.value.name,)
+        place = Place(at, at, origin.module, refusal.expected, refusal.found)
+        misses.append(Miss(refusal.operator, refusal.total, refusal.total, refusal.line, CHECK, [place]))
+    return misses
+
+
+def _masks(value: Value) -> bool:
+    """Whether a value flows into the scores of an attention, and into no product before."""
+    seen: set[Node] = set()
+    pending = [(node, value) for node in value.consumers]
+    while pending:
+        node, given = pending.pop()
+        if node.is_a("Softmax") or (node.op in ("attention", "Attention") and given in node.inputs[3:4]):
+            return True
+        if node not in seen and node.op in MOVES and not node.domain:
+            seen.add(node)
+            pending.extend((user, output) for output in node.outputs for user in output.consumers)
+    return False
+
+
 def _apply(
-    graph: Graph, operator: FusedOp, source: Source, checker: Checker | None, outcome: Outcome
+    graph: Graph,
+    operator: FusedOp,
+    source: Source,
+    checker: Checker | None,
+    outcome: Outcome,
+    lines: dict[Node, str],
 ) -> list[tuple[FusedOp, Failure, Node]]:
     start = perf_counter()
     checking = outcome.check_s
@@ -99,7 +184,7 @@ def _apply(
                     frozenset(match.region),
                 )  # fmt: skip
                 continue
-        replace(graph, proposal, match)
+        lines[replace(graph, proposal, match)] = source.line
     outcome.match_s += perf_counter() - start - (outcome.check_s - checking)
     return [(operator, failure, anchor) for anchor, failure in matcher.failures.items()]
 
@@ -149,6 +234,22 @@ def _input(graph: Graph, operator: FusedOp, given: Value | Constant | None, inde
     return graph.derived[given.key]
 
 
+def _nearest(graph: Graph, operators: Sequence[FusedOp]) -> list[tuple[FusedOp, Failure, Node]]:
+    """What the places left are nearest to, looked at from two nodes of each pattern: one of them may be what is wrong."""
+    counts, found = operator_counts(graph), []
+    for operator in operators:
+        for source in operator.sources:
+            if source.size <= NEAR_NODES:
+                continue
+            for start in anchors(source, counts)[:ANCHORS]:
+                matcher = Nearest(graph, source, counts, start)
+                for anchor in matcher.candidates():
+                    failure = matcher.nearest(anchor)
+                    if failure is not None and failure.matched >= NEAR_AT_BEST * failure.total:
+                        found.append((operator, failure, anchor))
+    return found
+
+
 def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) -> list[Miss]:
     """The failures whose place is still unfused, each place's closest one, like ones folded into one, closest first."""
     closest: dict[Node, tuple[FusedOp, Failure]] = {}
@@ -161,21 +262,28 @@ def _near_misses(graph: Graph, failures: list[tuple[FusedOp, Failure, Node]]) ->
     misses: dict[tuple[str, str, int, int, str], Miss] = {}
     explained: list[frozenset[Node]] = []
     for anchor, (operator, failure) in ranked:
-        if any(failure.nodes <= nodes for nodes in explained):
-            continue  # part of a place that is reported already: the norm inside a LayerNorm
+        if any(2 * len(failure.nodes & nodes) > len(failure.nodes) for nodes in explained):
+            continue  # most of the place is reported already: the norm inside a LayerNorm
         explained.append(failure.nodes)
         place = failure.place if failure.place is not None else anchor
         reason = failure.expected if failure.rank == CHECK else ""  # other reasons name the values of one place
         key = (operator.name, failure.line, failure.rank, failure.matched, reason)
-        if key in misses:
-            misses[key].count += 1
-            continue
-        module = anchor.origin.module or place.origin.module
-        misses[key] = Miss(
-            operator.name, module, describe_node(place).split(" at ")[-1], failure.matched, failure.total, failure.line,
-            failure.expected, failure.found, failure.rank,
-        )  # fmt: skip
+        if key not in misses:
+            misses[key] = Miss(operator.name, failure.matched, failure.total, failure.line, failure.rank)
+        misses[key].places.append(
+            Place(
+                place.origin.sources or (place.name or place.op,),
+                tuple(dict.fromkeys(s for node in (*_ordered(failure.nodes), anchor) for s in node.origin.sources)),
+                anchor.origin.module or place.origin.module,
+                failure.expected,
+                failure.found,
+            )
+        )
     return sorted(misses.values(), key=lambda miss: (miss.rank, -miss.matched / max(1, miss.total)))
+
+
+def _ordered(nodes: Iterable[Node]) -> list[Node]:
+    return sorted(nodes, key=lambda node: node.place or 0.0)
 
 
 def _is_near(failure: Failure) -> bool:

@@ -170,7 +170,7 @@ def test_outputs_of_equal_form_are_different_nodes() -> None:
 
 def test_outputs_of_one_node() -> None:
     wanted = source(lambda x: op.Split(op.Exp(x), axis=-1, outputs=2), "x[*B, D] -> *y[*B, N]")
-    wanted.operator._shapes = lambda bound: []
+    wanted.operator._shapes = lambda bound, inputs: []
     body = "a = Exp(x)  {} = Split<axis = -1, num_outputs = {}>(a)"
     two = graph(body.format("b, c", 2), outputs="float[4, 4] b, float[4, 4] c")
     assert [name(value) for value in matches(two, wanted)[0].outputs] == ["b", "c"]
