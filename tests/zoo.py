@@ -4,87 +4,93 @@
     for name, feeds in zoo.cases(path).items():
         assert zoo.relative_error(zoo.run(path, feeds), zoo.reference("llama", feeds)) < 2e-5
 
-To add a model, add an entry to `ARCHITECTURES`; to have it from optimum too, add it to tests/fixtures/optimum/make.py.
+To add a model, add an entry to tests/architectures.py; to have it from optimum too, add it to
+tests/fixtures/optimum/make.py.
 """
 
 import contextlib
 import getpass
 import hashlib
 import importlib.metadata
+import io
 import logging
 import os
 import tempfile
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnxruntime
 import torch
-from numpy.typing import NDArray
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-Array = NDArray[Any]
-Feeds = dict[str, Array]
-Dims = tuple[int | str, ...]  # a size, or the name of a dynamic dim
+from tests import architectures
+from tests.architectures import (
+    ARCHITECTURES,
+    DH,
+    MORE,
+    D,
+    Decoder,
+    Encoder,
+    F,
+    G,
+    H,
+    Implementation,
+    V,
+    flat_model,
+    model,
+    spec_of,
+)
+from tests.feeds import Array, Feeds, cases, padded_prefill, reference, relative_error, run, standard
 
-# Dims are told apart by their size: no two of these are equal, and F is no multiple of D.
-D, H, G, DH, F, V, MAX_POSITIONS = 64, 4, 2, 16, 112, 96, 80
+__all__ = [
+    "ARCHITECTURES",
+    "DH",
+    "EXPORTERS",
+    "EXPORTS",
+    "MORE",
+    "MORE_EXPORTS",
+    "OPTIMUM",
+    "Array",
+    "D",
+    "F",
+    "Feeds",
+    "G",
+    "H",
+    "V",
+    "cases",
+    "exported",
+    "flat_model",
+    "implementation",
+    "model",
+    "padded_prefill",
+    "reference",
+    "relative_error",
+    "run",
+    "standard",
+]
+
 OPTIMUM = Path(__file__).parent / "fixtures" / "optimum"
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """One transformers model type at a tiny size.
+class Exporter:
+    """How a torch module becomes ONNX.
 
     Attributes:
-        model_type: its name in `transformers.AutoConfig`.
-        config: what its config says besides, or instead of, the sizes that all of them share.
-        attn: the attention implementation that it is exported with; some have no sdpa.
-        causal: a decoder with past and present; otherwise an encoder that gives its last hidden state.
+        kind: whose exporter it is.
+        opset: None where the exporter's own default is taken.
+        attn: the attention implementation; None where it is the architecture's own.
+        component: of what transformers' exporter gives for generation. `prefill` has no past, `decode` takes one token,
+            `chunk` is its decode for any number of tokens, `static` its decode with a cache of a fixed size.
     """
 
-    model_type: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    attn: Literal["sdpa", "eager"] = "sdpa"
-    causal: bool = True
-
-
-@dataclass(frozen=True)
-class Exporter:
-    """How a torch module becomes ONNX; `opset` is None where the exporter's own default is taken."""
-
-    kind: Literal["dynamo", "torchscript", "committed"]
+    kind: Literal["dynamo", "torchscript", "committed", "transformers"]
     opset: int | None = None
+    attn: Implementation | None = None
+    component: Literal["prefill", "decode", "chunk", "static"] = "decode"
 
-
-SIZES = {
-    "hidden_size": D,
-    "num_attention_heads": H,
-    "vocab_size": V,
-    "max_position_embeddings": MAX_POSITIONS,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GROUPED = {"num_key_value_heads": G, "intermediate_size": F, "rms_norm_eps": 1e-5}
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", GROUPED),
-    "qwen2": Architecture("qwen2", GROUPED),  # biases on q, k and v
-    "gpt2": Architecture("gpt2", {"n_inner": F}),  # packed QKV, learned positions, tied head
-    "mistral": Architecture("mistral", GROUPED | {"sliding_window": 6}),
-    "qwen3": Architecture("qwen3", GROUPED | {"head_dim": DH}),  # norms over the head dim of q and k
-    "phi3": Architecture("phi3", GROUPED | {"sliding_window": None}),  # packed QKV, packed gate and up
-    # (1 + weight) norms before and after, soft-capped scores and logits; every other layer sees 6 tokens
-    "gemma2": Architecture(
-        "gemma2", GROUPED | {"head_dim": DH, "query_pre_attn_scalar": DH, "sliding_window": 6}, attn="eager"
-    ),
-    "bert": Architecture("bert", {"intermediate_size": F}, causal=False),
-}
 
 EXPORTERS: dict[str, Exporter] = {
     "dynamo": Exporter("dynamo"),
@@ -94,124 +100,56 @@ EXPORTERS: dict[str, Exporter] = {
     "dynamo24": Exporter("dynamo", 24),
     "torchscript": Exporter("torchscript", 17),
     "optimum": Exporter("committed"),
+    "transformers-prefill": Exporter("transformers", component="prefill"),
+    "transformers-decode": Exporter("transformers"),
+    "transformers-chunk": Exporter("transformers", component="chunk"),
+    "dynamo-eager": Exporter("dynamo", attn="eager"),
+    "dynamo23-eager": Exporter("dynamo", 23, attn="eager"),
+    "torchscript-eager": Exporter("torchscript", 17, attn="eager"),
+    "transformers-decode-eager": Exporter("transformers", attn="eager"),
+    "dynamo-sdpa": Exporter("dynamo", attn="sdpa"),
+    "dynamo23-sdpa": Exporter("dynamo", 23, attn="sdpa"),
+    "torchscript-sdpa": Exporter("torchscript", 17, attn="sdpa"),
+    "transformers-decode-sdpa": Exporter("transformers", attn="sdpa"),
+    "transformers-static": Exporter("transformers", component="static"),
 }
 
 RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+# The architectures that are exported in every way; the others by torch's exporters and optimum, with their own attention.
+WIDELY = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 
-# Every (architecture, exporter) that `exported` can give and the installed ONNX Runtime, which knows opset 24 from 1.24
-# on, can run.
+
+def _is_made(architecture: str, exporter: str) -> bool:
+    how = EXPORTERS[exporter]
+    if how.kind == "committed":
+        return (OPTIMUM / f"{architecture}.onnx").exists()
+    if how.opset == 24 and RUNTIME < (1, 24):  # the installed ONNX Runtime knows opset 24 from 1.24 on
+        return False
+    if how.kind == "transformers" or how.attn is not None:
+        return architecture in WIDELY and how.attn != spec_of(architecture).attn and how.component != "static"
+    return True
+
+
+# Every (architecture, exporter) whose fusion is demanded.
 EXPORTS: list[tuple[str, str]] = [
     (architecture, exporter)
     for architecture in ARCHITECTURES
-    for exporter, how in EXPORTERS.items()
-    if how.kind != "committed" or (OPTIMUM / f"{architecture}.onnx").exists()
-    if how.opset != 24 or RUNTIME >= (1, 24)
+    for exporter in EXPORTERS
+    if _is_made(architecture, exporter)
+]
+
+# What TorchScript does not export: the rank of rotated neighbours is lost to it in flattening them, so it does not append
+# them to the past; and it has no operator for the copy by which longrope changes its frequencies.
+DYNAMO_ONLY = ("cohere", "glm", "llama_longrope")
+MORE_EXPORTS: list[tuple[str, str]] = [
+    *((architecture, "dynamo" if architecture in DYNAMO_ONLY else "torchscript") for architecture in MORE),
+    ("llama", "transformers-static"),
 ]
 
 
-def model(architecture: str, *, dtype: str = "float32", layers: int = 2, attn: str | None = None) -> torch.nn.Module:
-    """The transformers model itself, in eval mode on the CPU, the same weights in every process and version.
-
-    Weights are drawn anew, because a fresh model has norm weights of one and biases of zero, which hide a rewrite that
-    drops or swaps them.
-    """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    spec = ARCHITECTURES[architecture]
-    config = AutoConfig.for_model(spec.model_type, **(SIZES | {"num_hidden_layers": layers} | dict(spec.config)))
-    auto = AutoModelForCausalLM if spec.causal else AutoModel
-    made: torch.nn.Module = auto.from_config(config, attn_implementation=attn or spec.attn)
-    _draw_weights(made)
-    return made.to(getattr(torch, dtype)).eval()
-
-
-@torch.no_grad()
-def _draw_weights(made: torch.nn.Module) -> None:
-    """Give every parameter new values that depend on its name only."""
-    from transformers.pytorch_utils import Conv1D
-
-    fan_in = {}
-    for module in made.modules():
-        if isinstance(module, torch.nn.Embedding):
-            fan_in[module.weight] = 1
-        elif isinstance(module, Conv1D):  # stored [in, out], unlike Linear
-            fan_in[module.weight] = module.weight.shape[0]
-    for name, parameter in made.named_parameters():
-        # RandomState is the one generator whose stream NumPy promises never to change; the committed files rely on it.
-        normal = torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(parameter.shape))
-        if parameter.dim() == 1:
-            parameter.add_(0.3 * normal)  # to a bias of zero, or a norm weight of one (zero where the model adds one)
-        else:
-            parameter.copy_(normal / fan_in.get(parameter, parameter.shape[-1]) ** 0.5)
-
-
-class Decoder(torch.nn.Module):
-    """A causal model as a function of tensors alone, which is what every exporter takes.
-
-    `(input_ids[B, S], attention_mask[B, T], position_ids[B, S], *past[B, G, P, Dh]) -> (logits[B, S, V],
-    *present[B, G, T, Dh])`, past and present being key, value, key, value ... by layer.
-    """
-
-    def __init__(self, made: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = made
-        self.eval()  # or the exporters, which put the mode back that they found, would leave dropout on
-        config: Any = made.config
-        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        states = [f"{layer}.{state}" for layer in range(config.num_hidden_layers) for state in ("key", "value")]
-        tokens = ("batch", "sequence")
-        self.inputs: dict[str, Dims] = {
-            "input_ids": tokens,
-            "attention_mask": ("batch", "total"),
-            "position_ids": tokens,
-            **{f"past_key_values.{state}": ("batch", heads, "past", DH) for state in states},
-        }
-        self.outputs: dict[str, Dims] = {
-            "logits": (*tokens, V),
-            **{f"present.{state}": ("batch", heads, "total", DH) for state in states},
-        }
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        from transformers import DynamicCache
-
-        # Without a config: a sliding-window layer too then keeps all it has seen, and the mask alone says what it sees.
-        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.logits, *(state for layer in cache.layers for state in (layer.keys, layer.values))
-
-
-class Encoder(torch.nn.Module):
-    """An encoder likewise: `(input_ids, attention_mask, token_type_ids)[B, S] -> last_hidden_state[B, S, D]`."""
-
-    def __init__(self, made: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = made
-        self.eval()
-        tokens = ("batch", "sequence")
-        self.inputs: dict[str, Dims] = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), tokens)
-        self.outputs: dict[str, Dims] = {"last_hidden_state": (*tokens, D)}
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
-    ) -> tuple[torch.Tensor]:
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        return (out.last_hidden_state,)
-
-
-def flat_model(
-    architecture: str, *, dtype: str = "float32", layers: int = 2, attn: str | None = None
-) -> Decoder | Encoder:
-    """`model` as the function of tensors that `exported` exports; `.inputs` and `.outputs` name and shape them."""
-    made = model(architecture, dtype=dtype, layers=layers, attn=attn)
-    return Decoder(made) if ARCHITECTURES[architecture].causal else Encoder(made)
+def implementation(architecture: str, exporter: str) -> Implementation:
+    """The attention implementation that `exported` takes by default."""
+    return EXPORTERS[exporter].attn or spec_of(architecture).attn
 
 
 def exported(
@@ -220,47 +158,52 @@ def exported(
     *,
     dtype: Literal["float32", "float16"] = "float32",
     layers: int = 2,
-    attn: Literal["sdpa", "eager"] | None = None,
+    attn: Implementation | None = None,
 ) -> Path:
     """An ONNX file of that architecture by that exporter, weights inside, made at the first request.
 
     Decoders have inputs input_ids, attention_mask, position_ids and past_key_values.{i}.key and .value, and outputs
     logits and present.{i}.key and .value, with dynamic batch, sequence, past and total length; the committed files have
-    the signature that optimum gave them. `attn` is the architecture's own by default, but eager for TorchScript in
-    float16. For many layers take torchscript: 32 layers of llama are 4 s with it and 70 s with dynamo.
-    Of gemma2 in float16 dynamo23 writes a RMSNormalization with two dtypes, which no runtime takes.
+    the signature that optimum gave them, and those of transformers' exporter the one that it gives. `attn` is
+    `implementation` by default, but eager for TorchScript in float16. For many layers take torchscript: 32 layers of
+    llama are 4 s with it and 70 s with dynamo. Of gemma2 in float16 dynamo23 writes a RMSNormalization with two dtypes,
+    which no runtime takes.
 
-    Files are kept in the temporary directory, by user, package versions and the text of this file ($FUSER_ZOO_CACHE
-    names another directory). Processes may ask for one at the same time.
+    Files are kept in the temporary directory, by user, package versions and the text of this file and of the
+    architectures' ($FUSER_ZOO_CACHE names another directory). Processes may ask for one at the same time.
 
     Raises:
         KeyError: no such architecture or exporter.
         ValueError: a committed file with options that it was not made with, or one that was never made.
     """
-    how = EXPORTERS[exporter]
+    how, own = EXPORTERS[exporter], implementation(architecture, exporter)
     # TorchScript's SDPA puts float32 constants into a float16 model: all that follows turns float32, as far as a
     # LayerNormalization whose weights did not, which no runtime takes.
     eager = how.kind == "torchscript" and dtype == "float16"
-    attn = attn or ("eager" if eager else ARCHITECTURES[architecture].attn)
+    attn = attn or ("eager" if eager else own)
     if how.kind == "committed":
         path = OPTIMUM / f"{architecture}.onnx"
-        if (dtype, layers, attn) != ("float32", 2, "sdpa") or not path.exists():
+        if (dtype, layers, attn) != ("float32", 2, own) or not path.exists():
             raise ValueError(
-                f"{exporter} files are committed, in float32 with 2 layers and sdpa: there is none of {architecture} "
+                f"{exporter} files are committed, in float32 with 2 layers and {own}: there is none of {architecture} "
                 f"in {dtype} with {layers} layers and {attn}; tests/fixtures/optimum/make.py makes them"
             )
         return path
     path = _cache_directory() / f"{architecture}-{exporter}-{dtype}-{layers}-{attn}.onnx"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-            _export(flat_model(architecture, dtype=dtype, layers=layers, attn=attn), how, Path(unfinished) / path.name)
-            os.replace(Path(unfinished) / path.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
+            unfinished = Path(folder) / path.name
+            if how.kind == "transformers":
+                _export_for_generation(model(architecture, dtype=dtype, layers=layers, attn=attn), how, unfinished)
+            else:
+                _export(flat_model(architecture, dtype=dtype, layers=layers, attn=attn), how, unfinished)
+            os.replace(unfinished, path)
     return path
 
 
 def _cache_directory() -> Path:
     root = os.environ.get("FUSER_ZOO_CACHE") or Path(tempfile.gettempdir()) / f"fuser-zoo-{getpass.getuser()}"
-    made_by = hashlib.sha256(Path(__file__).read_bytes())
+    made_by = hashlib.sha256(Path(__file__).read_bytes() + Path(architectures.__file__).read_bytes())
     for package in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"):
         made_by.update(f"{package} {importlib.metadata.version(package)}\n".encode())
     directory = Path(root) / made_by.hexdigest()[:16]
@@ -285,116 +228,45 @@ def _export(flat: Decoder | Encoder, how: Exporter, path: Path) -> None:
     }
     if how.kind == "dynamo":
         shapes = [axes[name] for name in flat.inputs]
-        # three named arguments, and for a decoder the past, one argument that is a tuple
-        options["dynamic_shapes"] = (*shapes[:3], tuple(shapes[3:])) if len(shapes) > 3 else tuple(shapes)
+        # a decoder's inputs after the mask are one argument, a tuple
+        options["dynamic_shapes"] = (*shapes[:2], tuple(shapes[2:])) if isinstance(flat, Decoder) else tuple(shapes)
         options |= {"dynamo": True, "external_data": False, "verbose": False}
     else:
         options |= {"dynamo": False, "dynamic_axes": axes}
-    with _quiet():
-        torch.onnx.export(flat, tuple(example), str(path), **options)
+    torch.onnx.export(flat, tuple(example), str(path), **options)
+
+
+def _export_for_generation(made: torch.nn.Module, how: Exporter, path: Path) -> None:
+    """One component of `OnnxExporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True))`."""
+    import onnx_ir
+    from transformers import GenerationConfig
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    prompt = torch.arange(3, 17).reshape(2, 7)
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0
+    fixed = GenerationConfig(cache_implementation="static", max_cache_len=24) if how.component == "static" else None
+    components = decompose_for_generation(
+        made,
+        {"input_ids": prompt, "attention_mask": mask},
+        generation_config=fixed,
+        multi_token_decode=how.component in ("chunk", "static"),
+    )
+    part, inputs = components["prefill" if how.component == "prefill" else "decode"]
+    exporter = OnnxExporter()
+    program, _ = exporter.export_program(part, inputs, OnnxConfig(dynamic=True, opset_version=how.opset))
+    onnx_ir.save(program, path)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop warnings and log messages up to that level: exporters give dozens about themselves; errors still raise."""
+    """Drop what exporters say about themselves, by printing, warnings and log messages up to that level; errors raise."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-
-
-def cases(source: Path | str | onnxruntime.InferenceSession) -> dict[str, Feeds]:
-    """Random feeds for a graph, the same ones each time, by what a serving engine would be doing.
-
-    `decode`: one token on a past of 5. `prefill`: 7 tokens on none. `chunk`: 3 tokens on 5. `padded`: two sequences of
-    3 tokens on 5, the first with two tokens of padding on its left. A graph without a past gets those tokens alone.
-
-    Raises:
-        ValueError: the graph has an input of another kind.
-    """
-    session = source if isinstance(source, onnxruntime.InferenceSession) else _session(source)
-    signature = session.get_inputs()
-    has_past = any(entry.name.startswith("past_key_values.") for entry in signature)
-    made = {}
-    for seed, (name, (B, S, P)) in enumerate(
-        {"decode": (1, 1, 5), "prefill": (1, 7, 0), "chunk": (1, 3, 5), "padded": (2, 3, 5)}.items()
-    ):
-        P = P if has_past else 0
-        random = np.random.RandomState(seed)
-        mask = np.ones((B, P + S), np.int64)
-        if name == "padded":
-            mask[0, :2] = 0
-        known = {
-            "input_ids": random.randint(0, V, (B, S)),
-            "attention_mask": mask,
-            "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, P:],
-            "token_type_ids": random.randint(0, 2, (B, S)),
-        }
-        feeds: Feeds = {}
-        for entry in signature:
-            if entry.name in known:
-                feeds[entry.name] = known[entry.name]
-            elif entry.name.startswith("past_key_values."):
-                _, heads, _, head_dim = entry.shape
-                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[entry.type]
-                feeds[entry.name] = random.standard_normal((B, heads, P, head_dim)).astype(dtype)
-            else:
-                raise ValueError(f"no feeds for input {entry.name} {entry.type} {entry.shape}, only for {list(known)}")
-        made[name] = feeds
-    return made
-
-
-def run(path: Path | str, feeds: Feeds, *, optimize: bool = True) -> dict[str, Array]:
-    """Every output by name, of the file in ONNX Runtime on two CPU threads, with or without its graph optimizations."""
-    session = _session(path, optimize=optimize)
-    names = [entry.name for entry in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
-
-
-def _session(path: Path | str, *, optimize: bool = True) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.log_severity_level = 3
-    if optimize:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Fail:
-        # Up to 1.30 a Cast of float16 to float16 loads only with the basic optimizations, which drop it (onnxruntime 29235).
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@torch.no_grad()
-def reference(architecture: str, feeds: Feeds, *, layers: int = 2, attn: str = "eager") -> dict[str, Array]:
-    """What torch itself gives for those feeds, in float32, by output name."""
-    flat = flat_model(architecture, layers=layers, attn=attn)
-    inputs = [torch.from_numpy(feeds[name]) for name in flat.inputs]
-    outputs = flat(*(t.float() if t.is_floating_point() else t for t in inputs))
-    return {name: t.numpy() for name, t in zip(flat.outputs, outputs, strict=True)}
-
-
-def relative_error(actual: Mapping[str, Array], reference: Mapping[str, Array]) -> float:
-    """The largest ||a - r|| / ||r|| of the outputs, in float64; infinite where a NaN or an infinity is involved.
-
-    Raises:
-        ValueError: the two differ in their outputs or in a shape.
-    """
-    if actual.keys() != reference.keys():
-        raise ValueError(f"outputs differ: {sorted(actual)} and {sorted(reference)}")
-    worst = 0.0
-    for name, expected in reference.items():
-        if actual[name].shape != expected.shape:
-            raise ValueError(f"{name}: {actual[name].shape}, reference {expected.shape}")
-        r = expected.astype(np.float64)
-        difference = float(np.linalg.norm(actual[name].astype(np.float64) - r))
-        if difference > 0 or np.isnan(difference):
-            norm = float(np.linalg.norm(r))
-            error = difference / norm if norm > 0 else np.inf
-            worst = max(worst, error if np.isfinite(error) else np.inf)
-    return worst
