@@ -217,6 +217,9 @@ class _Reader:
             if dim.HasField("dim_value") and dim.dim_value >= 0:
                 shape.append(dim.dim_value)
                 continue
+            if dim.dim_param.isdecimal() and len(dim.dim_param) < 10:  # a number that an exporter wrote as a name
+                shape.append(int(dim.dim_param))
+                continue
             found = dims.symbol(dim.dim_param or f"{value.name}[{axis}]")
             self.graph.define(found, value, axis)
             shape.append(found)
