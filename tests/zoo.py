@@ -121,12 +121,12 @@ def model(architecture: str, *, dtype: str = "float32", layers: int = 2, attn: s
     config = AutoConfig.for_model(spec.model_type, **(SIZES | {"num_hidden_layers": layers} | dict(spec.config)))
     auto = AutoModelForCausalLM if spec.causal else AutoModel
     made: torch.nn.Module = auto.from_config(config, attn_implementation=attn or spec.attn)
-    _draw_weights(made)
+    draw_weights(made)
     return made.to(getattr(torch, dtype)).eval()
 
 
 @torch.no_grad()
-def _draw_weights(made: torch.nn.Module) -> None:
+def draw_weights(made: torch.nn.Module) -> None:
     """Give every parameter new values that depend on its name only."""
     from transformers.pytorch_utils import Conv1D
 
@@ -158,17 +158,18 @@ class Decoder(torch.nn.Module):
         self.eval()  # or the exporters, which put the mode back that they found, would leave dropout on
         config: Any = made.config
         heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         states = [f"{layer}.{state}" for layer in range(config.num_hidden_layers) for state in ("key", "value")]
         tokens = ("batch", "sequence")
         self.inputs: dict[str, Dims] = {
             "input_ids": tokens,
             "attention_mask": ("batch", "total"),
             "position_ids": tokens,
-            **{f"past_key_values.{state}": ("batch", heads, "past", DH) for state in states},
+            **{f"past_key_values.{state}": ("batch", heads, "past", width) for state in states},
         }
         self.outputs: dict[str, Dims] = {
-            "logits": (*tokens, V),
-            **{f"present.{state}": ("batch", heads, "total", DH) for state in states},
+            "logits": (*tokens, config.vocab_size),
+            **{f"present.{state}": ("batch", heads, "total", width) for state in states},
         }
 
     def forward(
@@ -253,7 +254,7 @@ def exported(
     path = _cache_directory() / f"{architecture}-{exporter}-{dtype}-{layers}-{attn}.onnx"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-            _export(flat_model(architecture, dtype=dtype, layers=layers, attn=attn), how, Path(unfinished) / path.name)
+            export(flat_model(architecture, dtype=dtype, layers=layers, attn=attn), how, Path(unfinished) / path.name)
             os.replace(Path(unfinished) / path.name, path)
     return path
 
@@ -268,7 +269,8 @@ def _cache_directory() -> Path:
     return directory
 
 
-def _export(flat: Decoder | Encoder, how: Exporter, path: Path) -> None:
+def export(flat: Decoder | Encoder, how: Exporter, path: Path) -> None:
+    """Write one as ONNX, weights inside, every dim dynamic that `.inputs` and `.outputs` name."""
     sizes = {"batch": 2, "sequence": 3, "past": 5, "total": 8}  # neither 0 nor 1, which torch.export takes as constants
     example = []
     for name, dims in flat.inputs.items():
@@ -290,12 +292,12 @@ def _export(flat: Decoder | Encoder, how: Exporter, path: Path) -> None:
         options |= {"dynamo": True, "external_data": False, "verbose": False}
     else:
         options |= {"dynamo": False, "dynamic_axes": axes}
-    with _quiet():
+    with quiet():
         torch.onnx.export(flat, tuple(example), str(path), **options)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Drop warnings and log messages up to that level: exporters give dozens about themselves; errors still raise."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -311,40 +313,52 @@ def cases(source: Path | str | onnxruntime.InferenceSession) -> dict[str, Feeds]
     """Random feeds for a graph, the same ones each time, by what a serving engine would be doing.
 
     `decode`: one token on a past of 5. `prefill`: 7 tokens on none. `chunk`: 3 tokens on 5. `padded`: two sequences of
-    3 tokens on 5, the first with two tokens of padding on its left. A graph without a past gets those tokens alone.
+    3 tokens on 5, the first with two tokens of padding on its left. A graph without a past gets those tokens alone, and
+    one of a single new token only `decode` and a `padded` of one token.
 
     Raises:
         ValueError: the graph has an input of another kind.
     """
     session = source if isinstance(source, onnxruntime.InferenceSession) else _session(source)
-    signature = session.get_inputs()
-    has_past = any(entry.name.startswith("past_key_values.") for entry in signature)
-    made = {}
-    for seed, (name, (B, S, P)) in enumerate(
-        {"decode": (1, 1, 5), "prefill": (1, 7, 0), "chunk": (1, 3, 5), "padded": (2, 3, 5)}.items()
-    ):
-        P = P if has_past else 0
-        random = np.random.RandomState(seed)
-        mask = np.ones((B, P + S), np.int64)
-        if name == "padded":
-            mask[0, :2] = 0
-        known = {
-            "input_ids": random.randint(0, V, (B, S)),
-            "attention_mask": mask,
-            "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, P:],
-            "token_type_ids": random.randint(0, 2, (B, S)),
-        }
-        feeds: Feeds = {}
-        for entry in signature:
-            if entry.name in known:
-                feeds[entry.name] = known[entry.name]
-            elif entry.name.startswith("past_key_values."):
-                _, heads, _, head_dim = entry.shape
-                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[entry.type]
-                feeds[entry.name] = random.standard_normal((B, heads, P, head_dim)).astype(dtype)
-            else:
-                raise ValueError(f"no feeds for input {entry.name} {entry.type} {entry.shape}, only for {list(known)}")
-        made[name] = feeds
+    signature = {entry.name: entry.shape for entry in session.get_inputs()}
+    sizes = {"decode": (1, 1, 5), "prefill": (1, 7, 0), "chunk": (1, 3, 5), "padded": (2, 3, 5)}
+    if signature.get("input_ids", ())[1:] == [1]:
+        sizes = {"decode": (1, 1, 5), "padded": (2, 1, 5)}
+    if not any(len(shape) == 4 for shape in signature.values()):
+        sizes = {name: (B, S, 0) for name, (B, S, _) in sizes.items()}
+    return {
+        name: feeds(session, B, S, P, padding=2 if name == "padded" else 0, seed=seed)
+        for seed, (name, (B, S, P)) in enumerate(sizes.items())
+    }
+
+
+def feeds(
+    session: onnxruntime.InferenceSession, batch: int, tokens: int, past: int, *, padding: int = 0, seed: int = 0
+) -> Feeds:
+    """Random feeds: `tokens` new ones on `past`, the first sequence with `padding` tokens of padding on its left.
+
+    Raises:
+        ValueError: the graph has an input of another kind.
+    """
+    random = np.random.RandomState(seed)
+    mask = np.ones((batch, past + tokens), np.int64)
+    mask[0, :padding] = 0
+    known = {
+        "input_ids": random.randint(0, V, (batch, tokens)),
+        "attention_mask": mask,
+        "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, past:],
+        "token_type_ids": random.randint(0, 2, (batch, tokens)),
+    }
+    made: Feeds = {}
+    for entry in session.get_inputs():
+        if entry.name in known:
+            made[entry.name] = known[entry.name]
+        elif len(entry.shape) == 4:  # keys or values; some exporters write a fixed size as a name, "2"
+            _, heads, _, head_dim = entry.shape
+            dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[entry.type]
+            made[entry.name] = random.standard_normal((batch, int(heads), past, int(head_dim))).astype(dtype)
+        else:
+            raise ValueError(f"no feeds for input {entry.name} {entry.type} {entry.shape}, only for {list(known)}")
     return made
 
 
