@@ -141,12 +141,12 @@ def model(architecture: str, *, dtype: str = "float32", layers: int = 2, attn: s
     config = AutoConfig.for_model(spec.model_type, **(SIZES | {"num_hidden_layers": layers} | dict(spec.config)))
     auto = AutoModelForCausalLM if spec.causal else AutoModel
     made: torch.nn.Module = auto.from_config(config, attn_implementation=attn or spec.attn)
-    _draw_weights(made)
+    draw_weights(made)
     return made.to(getattr(torch, dtype)).eval()
 
 
 @torch.no_grad()
-def _draw_weights(made: torch.nn.Module) -> None:
+def draw_weights(made: torch.nn.Module) -> None:
     """Give every parameter new values that depend on its name only."""
     from transformers.pytorch_utils import Conv1D
 
@@ -188,7 +188,7 @@ class Decoder(torch.nn.Module):
             **{f"past_key_values.{state}": ("batch", heads, "past", width) for state, (heads, width) in shapes.items()},
         }
         self.outputs: dict[str, Dims] = {
-            "logits": (*tokens, V),
+            "logits": (*tokens, made.config.vocab_size),
             **{f"present.{state}": ("batch", heads, "total", width) for state, (heads, width) in shapes.items()},
         }
 

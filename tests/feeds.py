@@ -44,6 +44,13 @@ def padded_prefill(source: Path | str | onnxruntime.InferenceSession) -> Feeds:
     return _feeds(signature, (2, 1, 0, 1) if _takes_one_token(signature) else (2, 3, 0, 2), seed=9)
 
 
+def feeds(
+    source: Path | str | onnxruntime.InferenceSession, batch: int, new: int, past: int, *, padding: int = 0, seed: int = 0
+) -> Feeds:
+    """Random feeds: `new` tokens a sequence on `past`, the first with `padding` tokens of padding on its left."""
+    return _feeds(_signature(source), (batch, new, past, padding), seed)
+
+
 def _signature(source: Path | str | onnxruntime.InferenceSession) -> Sequence[Any]:
     session = source if isinstance(source, onnxruntime.InferenceSession) else _session(source)
     inputs: Sequence[Any] = session.get_inputs()
@@ -74,19 +81,19 @@ def _feeds(signature: Sequence[Any], step: Step, seed: int) -> Feeds:
         "cumulative_length": np.array(past),
         "_sliding_window_tensor": np.array(WINDOW),  # goes through as it is: the window itself is in the graph
     }
-    feeds: Feeds = {}
+    made: Feeds = {}
     for entry in signature:
         name = entry.name.rpartition(".")[2]
         if _is_state(entry):
             _, heads, _, width = map(_size, entry.shape)
             state = random.standard_normal((batch, heads, room if counted else past, width))
-            feeds[entry.name] = state.astype(DTYPES[entry.type])
+            made[entry.name] = state.astype(DTYPES[entry.type])
         elif name in known:
             array = visible if name == "attention_mask" and len(entry.shape) == 4 else known[name]
-            feeds[entry.name] = array.astype(DTYPES[entry.type])
+            made[entry.name] = array.astype(DTYPES[entry.type])
         else:
             raise ValueError(f"no feeds for input {entry.name} {entry.type} {entry.shape}, only for {list(known)}")
-    return feeds
+    return made
 
 
 def _is_state(entry: Any) -> bool:

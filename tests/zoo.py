@@ -42,7 +42,7 @@ from tests.architectures import (
     model,
     spec_of,
 )
-from tests.feeds import Array, Feeds, cases, padded_prefill, reference, relative_error, run, standard
+from tests.feeds import Array, Feeds, cases, feeds, padded_prefill, reference, relative_error, run, standard
 
 __all__ = [
     "ARCHITECTURES",
@@ -58,13 +58,18 @@ __all__ = [
     "Feeds",
     "G",
     "H",
+    "Decoder",
     "V",
     "cases",
+    "export",
+    "export_for_generation",
     "exported",
+    "feeds",
     "flat_model",
     "implementation",
     "model",
     "padded_prefill",
+    "quiet",
     "reference",
     "relative_error",
     "run",
@@ -126,7 +131,8 @@ def _is_made(architecture: str, exporter: str) -> bool:
     if how.opset == 24 and RUNTIME < (1, 24):  # the installed ONNX Runtime knows opset 24 from 1.24 on
         return False
     if how.kind == "transformers" or how.attn is not None:
-        return architecture in WIDELY and how.attn != spec_of(architecture).attn and how.component != "static"
+        own = spec_of(architecture).attn  # who has no sdpa has it by no exporter
+        return architecture in WIDELY and how.component != "static" and how.attn != own and (own, how.attn) != ("eager", "sdpa")
     return True
 
 
@@ -191,12 +197,12 @@ def exported(
         return path
     path = _cache_directory() / f"{architecture}-{exporter}-{dtype}-{layers}-{attn}.onnx"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, quiet():
             unfinished = Path(folder) / path.name
             if how.kind == "transformers":
-                _export_for_generation(model(architecture, dtype=dtype, layers=layers, attn=attn), how, unfinished)
+                export_for_generation(model(architecture, dtype=dtype, layers=layers, attn=attn), how, unfinished)
             else:
-                _export(flat_model(architecture, dtype=dtype, layers=layers, attn=attn), how, unfinished)
+                export(flat_model(architecture, dtype=dtype, layers=layers, attn=attn), how, unfinished)
             os.replace(unfinished, path)
     return path
 
@@ -211,7 +217,8 @@ def _cache_directory() -> Path:
     return directory
 
 
-def _export(flat: Decoder | Encoder, how: Exporter, path: Path) -> None:
+def export(flat: Decoder | Encoder, how: Exporter, path: Path) -> None:
+    """Writes one as ONNX, weights inside, every dim dynamic that `.inputs` and `.outputs` name."""
     sizes = {"batch": 2, "sequence": 3, "past": 5, "total": 8}  # neither 0 nor 1, which torch.export takes as constants
     example = []
     for name, dims in flat.inputs.items():
@@ -236,7 +243,7 @@ def _export(flat: Decoder | Encoder, how: Exporter, path: Path) -> None:
     torch.onnx.export(flat, tuple(example), str(path), **options)
 
 
-def _export_for_generation(made: torch.nn.Module, how: Exporter, path: Path) -> None:
+def export_for_generation(made: torch.nn.Module, how: Exporter, path: Path) -> None:
     """One component of `OnnxExporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True))`."""
     import onnx_ir
     from transformers import GenerationConfig
@@ -260,7 +267,7 @@ def _export_for_generation(made: torch.nn.Module, how: Exporter, path: Path) -> 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Drop what exporters say about themselves, by printing, warnings and log messages up to that level; errors raise."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,0 +1,49 @@
+"""Do the benchmarks run, and is what they measure the model it was? Nothing is said of speed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import zoo
+from tests.benchmarks import decode
+
+
+@pytest.mark.slow
+def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "decode.json"
+    decode.main(["--quick", "--rounds", "2", "--json", str(file)])
+    printed = capsys.readouterr().out
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    engines = [decode.BASELINE, "fuser", "transformers", "onnxscript", "onnxruntime"]
+    assert [(row["source"], row["engine"]) for row in rows] == [
+        (source.name, engine) for source in decode.SOURCES for engine in engines
+    ]
+    for row in rows:
+        name = f"{row['engine']} ({row['variant']})" if row["variant"] else row["engine"]
+        assert f"\n  {name} " in printed
+        assert (row["ratio"] is None) == bool(row["reason"])
+        if row["engine"] == "fuser":
+            assert row["error"] is not None and row["error"] <= decode.TOLERANCE and not row["reason"]
+
+
+def test_failures_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that raises, and one whose result is not the model, are reported and not timed."""
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("no such thing\nand more")
+
+    def other_model(original: Path, fused: Path, source: decode.Source, setup: decode.Setup) -> None:
+        source.write(zoo.model("qwen2"), dataclasses.replace(setup, quick=False), fused)
+
+    (torchscript,) = (source for source in decode.SOURCES if source.name == "torchscript")
+    engines = (decode.Engine("first", raises), decode.Engine("second", other_model))
+    monkeypatch.setattr(decode, "ENGINES", engines)
+    rows = decode.measure(torchscript, decode.QUICK.model(), decode.QUICK, tmp_path)
+    assert [row.engine for row in rows] == [decode.BASELINE, "first", "second"]
+    assert rows[0].ratio == 1 and rows[1].ratio is None and rows[2].ratio is None
+    assert rows[1].reason == "no such thing"
+    assert rows[2].reason.startswith("decode: differs by ")
+    text = decode.section(torchscript, rows)
+    assert "no such thing" in text and "differs by" in text
