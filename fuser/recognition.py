@@ -149,8 +149,11 @@ class Recognition:
         """The (first) output of a new node that stands for a subject's subgraph."""
         like = subject.value.producer
         assert like is not None
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
         node = self.graph.add(
-            op, inputs, attributes, domain=domain, outputs=[subject.value.name] * outputs, like=like
+            op, given, attributes, domain=domain, outputs=[subject.value.name] * outputs, like=like
         )
         node.origin = Origin.union(part.origin for part in subject.nodes)
         infer_node(self.graph, node)

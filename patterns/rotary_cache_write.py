@@ -8,7 +8,7 @@ from torch import Tensor
 from fuser.dims import Shape
 from fuser.fused import fused_op
 from fuser.graph import Value
-from fuser.pattern import Match, capture, either, joined, keep, op, optional
+from fuser.pattern import Match, capture, either, joined, keep, op, optional, require
 from fuser.patterns.attention import attention
 from fuser.patterns.cache_write import STATE, appended, cache_write
 from fuser.patterns.heads import arranged, by_head, require_heads, shape_by_head, split_heads
@@ -41,22 +41,27 @@ def _(bound: dict[str, Any], inputs: Sequence[Value | None], **attributes: Any) 
 
 
 @rotary_cache_write.source
-def source(q: Any, k: Any, v: Any, cos: Any, sin: Any, past_k: Any, past_v: Any, mask: Any) -> Any:
+def source(
+    q: Any, k: Any, v: Any, cos: Any, sin: Any, key_cos: Any, key_sin: Any, past_k: Any, past_v: Any, mask: Any
+) -> Any:
     captured = {name: capture(name) for name in ("rotary_dim", "interleaved")}
     by_token = [keep(op.Unsqueeze(table, axes=(2,))) for table in (cos, sin)]
 
-    def turned(x: Any) -> Any:
+    def turned(x: Any, cos: Any, sin: Any) -> Any:
         """After they are arranged by head, or before."""
         before = op.Transpose(rotary(op.Reshape(x), *by_token, **captured), perm=(0, 2, 1, 3))
         return either(rotary(split_heads(x), cos, sin, **captured), before)
 
-    queries = turned(q)
-    present_k, present_v = cache_write(turned(k), v, past_k, past_v)
+    queries = turned(q, cos, sin)
+    present_k, present_v = cache_write(turned(k, key_cos, key_sin), v, past_k, past_v)
     return joined(queries, present_k, present_v, by=attention(queries, present_k, present_v, optional(mask)))
 
 
 @source.attributes
 def _(m: Match) -> dict[str, Any]:
+    for name in ("cos", "sin"):
+        own = m.values.get(f"key_{name}")
+        require(own in (None, m.values[name]), "rotary_cache_write: keys must be turned by the tables of the queries", own)
     groups, width = m.past_k.shape[1], m.past_k.shape[3]
     require_heads("rotary_cache_write", "k", m.k, groups)
     require_heads("rotary_cache_write", "q", m.q, m.q.shape[1] if m.q.rank == 4 else m.q.shape[2] // width)

@@ -213,7 +213,7 @@ def _fits(source: Source, example: dict[str, Any]) -> bool:
 
 def _variables(pattern: Pattern | None, optional: bool) -> set[str]:
     if isinstance(pattern, Var):
-        return {STANDS_FOR.get(pattern.name, pattern.name)}
+        return {STANDS_FOR.get(pattern.name, pattern.name.removeprefix("key_"))}
     if isinstance(pattern, Absent):
         return _variables(pattern.present, optional) if optional else set()
     if isinstance(pattern, Either):
@@ -434,9 +434,10 @@ class _Builder:
         if isinstance(pattern, Literal):
             return self._number(pattern.number, like)
         if isinstance(pattern, Var):
-            if pattern.name not in self.variables:
-                self.variables[pattern.name] = self._variable(pattern.name, like)
-            return self.variables[pattern.name]
+            name = pattern.name.removeprefix("key_")  # the tables of the keys are those of the queries
+            if name not in self.variables:
+                self.variables[name] = self._variable(name, like)
+            return self.variables[name]
         if isinstance(pattern, Result):
             node = self.nodes.get(id(pattern.node)) or self._node(pattern.node)
             return node.outputs[pattern.index]

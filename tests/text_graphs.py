@@ -22,7 +22,7 @@ from fuser.canonicalize import canonicalize
 from fuser.graph import Graph
 from fuser.importer import from_proto
 
-SIZES = {"batch": 2, "seq": 3, "past": 2}
+SIZES = {"batch": 2, "seq": 3, "past": 2, "total": 5}
 
 
 def parse(text: str) -> onnx.ModelProto:
