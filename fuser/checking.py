@@ -240,7 +240,7 @@ def _equal_dims(rewrite: Rewrite) -> dict[sympy.Symbol, Dim]:
     made -= dims.symbols(dim for v in rewrite.inputs if isinstance(v, Value) for dim in v.shape or ())
     found: dict[sympy.Symbol, Dim] = {}
     for a, b in pairs:
-        a, b = (dims.replace(dim, found) for dim in (a, b))  # noqa: PLW2901
+        a, b = (dims.replace(dim, found) for dim in (a, b))
         if isinstance(a, sympy.Symbol) and a not in dims.symbols([b]) | made and not isinstance(b, int):
             found[a] = b
     return found

@@ -84,7 +84,9 @@ class Emitter:
         """The int64 scalar that a vector of sizes holds at `axis`."""
         known = content(shape)
         if known is None:
-            return self.Squeeze(self.Gather(shape, self.constant((axis,), DType.INT64), axis=0), axes=(0,))
+            element: Value = self.Gather(shape, self.constant((axis,), DType.INT64), axis=0)
+            scalar: Value = self.Squeeze(element, axes=(0,))
+            return scalar
         return self.dims(known[axis])
 
     def dims(self, wanted: Dim | Shape) -> Value:

@@ -419,8 +419,8 @@ class Matcher:
         except NotThis:
             return None
         except CheckFailed as failed:
-            found = describe(failed.place) if failed.place is not None else describe_node(region[-1])
-            self._fail(CHECK, self.anchor, str(failed), found, _place(failed.place, region), matched=self.total)
+            there = describe(failed.place) if failed.place is not None else describe_node(region[-1])
+            self._fail(CHECK, self.anchor, str(failed), there, _place(failed.place, region), matched=self.total)
             return None
         return match
 

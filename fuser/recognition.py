@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 from torch import Tensor
@@ -106,7 +107,9 @@ class Subject:
         symbols = dict(sizes)
         try:
             for node in self.nodes:
-                given = [None if v is None else _tensor(v) if v.constant is not None else values[id(v)] for v in node.inputs]
+                given = [
+                    None if v is None else _tensor(v) if v.constant is not None else values[id(v)] for v in node.inputs
+                ]
                 results = evaluate(node, given, symbols, opset=self.graph.opset, float_dtype=torch.float64)
                 for value, result in zip(node.outputs, results, strict=False):
                     values[id(value)] = result
@@ -152,9 +155,7 @@ class Recognition:
         given = list(inputs)
         while given and given[-1] is None:
             given.pop()
-        node = self.graph.add(
-            op, given, attributes, domain=domain, outputs=[subject.value.name] * outputs, like=like
-        )
+        node = self.graph.add(op, given, attributes, domain=domain, outputs=[subject.value.name] * outputs, like=like)
         node.origin = Origin.union(part.origin for part in subject.nodes)
         infer_node(self.graph, node)
         return node.output
@@ -201,13 +202,17 @@ def subjects(graph: Graph) -> Iterator[Subject]:
         if not _is_plain(node):
             continue
         given = [value for value in node.inputs if value is not None]
-        if all(
-            id(v) in positional or (v.constant is not None and _accepts(v.constant, accepted)) for v in given
-        ):
+        if all(id(v) in positional or (v.constant is not None and _accepts(v.constant, accepted)) for v in given):
             positional.update(id(value) for value in node.outputs)
             made += node.outputs
     for value in made:
-        if value.dtype is None or value.shape is None or not value.shape or value.producer is None or value.producer.is_a("Dims", FUSER):
+        if (
+            value.dtype is None
+            or value.shape is None
+            or not value.shape
+            or value.producer is None
+            or value.producer.is_a("Dims", FUSER)
+        ):
             continue
         if value.is_output or any(id(out) not in positional for user in value.consumers for out in user.outputs):
             nodes = _ancestors(value, set())
@@ -240,12 +245,12 @@ def _starts_at_zero(constant: Constant) -> bool:
     while row.dim() > 1:
         row = row[0]
     others = row[row != 0]
-    return 0 < others.numel() and bool((others == others[0]).all())
+    return others.numel() > 0 and bool((others == others[0]).all())
 
 
 def _is_mask(constant: Constant) -> bool:
     shape = constant.shape
-    return len(shape) > 1 and shape[-1] == shape[-2] and to_tensor(constant.numpy()).unique().numel() == 2
+    return len(shape) > 1 and shape[-1] == shape[-2] and len(set(np.unique(constant.numpy()).tolist())) == 2
 
 
 def _solved(dim: Dim, symbol: sympy.Symbol, size: int) -> int | None:

@@ -124,7 +124,9 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
     return outcome
 
 
-MOVES = frozenset({"Add", "And", "Cast", "Expand", "Max", "Min", "Mul", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where"})
+MOVES = frozenset(
+    {"Add", "And", "Cast", "Expand", "Max", "Min", "Mul", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where"}
+)
 
 
 def _refused(refusals: Sequence[Refusal]) -> list[Miss]:

@@ -59,7 +59,9 @@ def _(
         shape_by_head(value.shape or (), count) if value is not None else ()
         for value, count in zip(inputs, (heads[0], heads[1], heads[1]), strict=False)
     )
-    require(q[3] == k[3] and q[0] == k[0] == v[0], "attention: queries and keys must have one batch and width", inputs[0])
+    require(
+        q[3] == k[3] and q[0] == k[0] == v[0], "attention: queries and keys must have one batch and width", inputs[0]
+    )
     require(k[:3] == v[:3], "attention: keys and values must have the same heads and tokens", inputs[2])
     batch, count, length, width = q[0], heads[0], q[2], v[3]
     return [(batch, length, dims.mul(count, width)) if merged else (batch, count, length, width)]
@@ -184,7 +186,11 @@ def _(m: Match) -> dict[str, Any]:
 def least(mask: Value) -> float:
     """The least a mask can be, where it chooses between two numbers; minus infinity where that is not known."""
     chosen = mask.producer
-    numbers = [None if value is None else value.scalar for value in chosen.inputs[1:]] if chosen is not None and chosen.is_a("Where") else []
+    numbers = (
+        [None if value is None else value.scalar for value in chosen.inputs[1:]]
+        if chosen is not None and chosen.is_a("Where")
+        else []
+    )
     return min((-math.inf if number is None else number for number in numbers), default=-math.inf)
 
 
@@ -238,8 +244,22 @@ def _(
 
 
 _SIZES = {"B": 2, "S": 3, "T": 7, "Dh": 16, "Dv": 12}
-_GROUPED = {**_SIZES, "heads": (4, 2), "Q": ("B", 4, "S", "Dh"), "K": ("B", 2, "T", "Dh"), "V": ("B", 2, "T", "Dv"), "merged": False}
-_SINGLE = {**_SIZES, "heads": (3, 3), "Q": ("B", 3, "S", "Dh"), "K": ("B", 3, "T", "Dh"), "V": ("B", 3, "T", "Dv"), "merged": False}
+_GROUPED = {
+    **_SIZES,
+    "heads": (4, 2),
+    "Q": ("B", 4, "S", "Dh"),
+    "K": ("B", 2, "T", "Dh"),
+    "V": ("B", 2, "T", "Dv"),
+    "merged": False,
+}
+_SINGLE = {
+    **_SIZES,
+    "heads": (3, 3),
+    "Q": ("B", 3, "S", "Dh"),
+    "K": ("B", 3, "T", "Dh"),
+    "V": ("B", 3, "T", "Dv"),
+    "merged": False,
+}
 _TOKENS = {**_SIZES, "heads": (4, 2), "Q": ("B", "S", 64), "K": ("B", "T", 32), "V": ("B", "T", 24), "merged": True}
 _CACHED = {**_GROUPED, "Q": ("B", "S", 64), "merged": True}
 _FULL, _KEYS = ("B", 1, "S", "T"), ("B", 1, 1, "T")

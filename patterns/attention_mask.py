@@ -127,7 +127,8 @@ class _Instance:
 # (B, S, P, padding); odd sizes, no past, one token, all kinds of padding.
 _CASES = (
     (1, 3, 2, "none"), (2, 5, 3, "none"), (3, 7, 0, "none"), (1, 1, 0, "none"), (2, 1, 6, "none"), (2, 3, 5, "left"),
-    (2, 4, 3, "right"), (3, 5, 4, "scattered"), (2, 3, 4, "everywhere"), (2, 6, 0, "left"), (2, 6, 0, "right"), (2, 1, 9, "left"),
+    (2, 4, 3, "right"), (3, 5, 4, "scattered"), (2, 3, 4, "everywhere"), (2, 6, 0, "left"), (2, 6, 0, "right"),
+    (2, 1, 9, "left"),
 )  # fmt: skip
 
 
@@ -160,7 +161,10 @@ def _sizes(subject: Subject, instance: _Instance, otherwise: int = 0) -> dict[An
 def _held(subject: Subject, instance: _Instance) -> tuple[Tensor, float] | None:
     """(what is allowed, the number that masks) on an instance; None where that is not what the value says."""
     found: Tensor | None = None
-    for otherwise in (instance.T, instance.T - instance.S):  # a length that no dim of its own tells: of all, or of the past
+    for otherwise in (
+        instance.T,
+        instance.T - instance.S,
+    ):  # a length that no dim of its own tells: of all, or of the past
         sizes = _sizes(subject, instance, otherwise)
         assert sizes is not None
         given = {}

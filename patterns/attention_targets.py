@@ -32,15 +32,23 @@ def _(op: Any, q: Any, k: Any, v: Any, mask: Any, **given: Any) -> Any:
 
 @attention.lower("onnx", opset=23)
 def _(
-    op: Any, q: Any, k: Any, v: Any, mask: Any, *, heads: Sequence[int], scale: float, softcap: float, guarded: bool, merged: bool
-) -> Any:  # fmt: skip
+    op: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    *,
+    heads: Sequence[int],
+    scale: float,
+    softcap: float,
+    guarded: bool,
+    merged: bool,
+) -> Any:
     H, G = heads
     given: dict[str, Any] = {"scale": scale, "softcap": softcap}
     # Not all versions of ONNX Runtime mask after the soft-cap.
     if op.opset < 23 or q.dtype is DType.FLOAT16 or (softcap and mask is not None):
-        return attention.lowerings["functions"](
-            op, q, k, v, mask, **given, heads=heads, guarded=guarded, merged=merged
-        )
+        return attention.lowerings["functions"](op, q, k, v, mask, **given, heads=heads, guarded=guarded, merged=merged)
     S, T = (x.shape[2 if x.rank == 4 else 1] for x in (q, k))
     bounded = None if mask is None else op.once(("bounded", S, T), lambda op: _bounded(op, mask, S, T), mask)
     write = cached(op.node, q, k, v)
@@ -59,8 +67,18 @@ def _(
 
 
 def _group_query_attention(
-    op: Any, q: Any, k: Any, v: Any, mask: Any, *, heads: Sequence[int], scale: float, softcap: float, guarded: bool, merged: bool
-) -> Any:  # fmt: skip
+    op: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    *,
+    heads: Sequence[int],
+    scale: float,
+    softcap: float,
+    guarded: bool,
+    merged: bool,
+) -> Any:
     """ONNX Runtime's GroupQueryAttention, where its contract holds whatever the inputs; None elsewhere.
 
     It takes several new tokens on a past at batch 1 only, and masks the future itself, which for rows that may attend to
@@ -82,7 +100,9 @@ def _group_query_attention(
         if bias is None:
             return None
     total = op.once(("total", T), lambda op: op.Cast(op.dims(T), to=DType.INT32.onnx), k)
-    last = op.once(("last", B, T), lambda op: op.Expand(op.Cast(op.dims(dims.sub(T, 1)), to=DType.INT32.onnx), op.dims((B,))), k)
+    last = op.once(
+        ("last", B, T), lambda op: op.Expand(op.Cast(op.dims(dims.sub(T, 1)), to=DType.INT32.onnx), op.dims((B,))), k
+    )
     q, k, v = _new_tokens(op, write, H, G)
     options = {"num_heads": H, "kv_num_heads": G, "scale": scale, "softcap": softcap, "local_window_size": window}
     y, *present = op.microsoft.GroupQueryAttention(
@@ -100,7 +120,7 @@ def _closed_form(mask: Value) -> Node | None:
     return node if node is not None and node.is_a(attention_mask.name, FUSER) else None
 
 
-def _bias(op: Any, mask: Value, B: Dim, T: Dim) -> Value | None:
+def _bias(op: Any, mask: Value, B: Dim, T: Dim) -> Any:
     """A mask as a number to add, [B or 1, 1, 1, T]; None where it is not one row for all heads."""
     shape = (1,) * (4 - (mask.rank or 0)) + (mask.shape or ())
     if mask.rank not in (2, 4) or shape[1:3] != (1, 1) or shape[0] not in (1, B) or mask.dtype is None:

@@ -21,7 +21,8 @@ STATE = {"past_k": "present_k", "past_v": "present_v"}
 
 
 @fused_op(
-    "k[*K], v[*V], past_k[B, G, P, Dh], past_v[B, G, P, Dv] -> present_k[B, G, T, Dh], present_v[B, G, T, Dv]", state=STATE
+    "k[*K], v[*V], past_k[B, G, P, Dh], past_v[B, G, P, Dv] -> present_k[B, G, T, Dh], present_v[B, G, T, Dv]",
+    state=STATE,
 )
 def cache_write(k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor]:
     """k [B, G, S, Dh] or [B, S, G Dh] after past_k [B, G, P, Dh], v likewise after past_v: [B, G, P + S, Dh] each."""

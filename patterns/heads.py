@@ -12,7 +12,7 @@ from fuser.pattern import Pattern, either, op, require
 
 def by_head(x: Tensor, heads: int) -> Tensor:
     """[B, S, heads * Dh] as [B, heads, S, Dh]; four dims stay."""
-    return x if x.dim() == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x if x.dim() == 4 else x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def shape_by_head(shape: Shape, heads: int) -> Shape:
@@ -52,7 +52,11 @@ def as_tokens(op: Any, x: Any) -> Any:
     if len(x.shape) == 3:
         return x
     turn = x.producer
-    rows = turn.inputs[0] if turn is not None and turn.is_a("Transpose") and turn.attributes.get("perm") == (0, 2, 1, 3) else None
+    rows = (
+        turn.inputs[0]
+        if turn is not None and turn.is_a("Transpose") and turn.attributes.get("perm") == (0, 2, 1, 3)
+        else None
+    )
     if rows is None:
         rows = op.Transpose(x, perm=(0, 2, 1, 3))
     split = rows.producer

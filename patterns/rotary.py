@@ -39,7 +39,7 @@ def _halves(x: Any, cos: Any, sin: Any) -> Any:
 
 
 def _every_other(x: Any) -> tuple[Any, Any]:
-    return tuple(op.Slice(x, axes=(-1,), starts=(start,), steps=(2,)) for start in (0, 1))  # type: ignore[return-value]
+    return tuple(op.Slice(x, axes=(-1,), starts=(start,), steps=(2,)) for start in (0, 1))
 
 
 def _alternating(first: Any, second: Any) -> Any:
@@ -144,13 +144,17 @@ def _tables(op: Any, cos: Any, sin: Any, whole: Shape) -> list[Any] | None:
     for table in (cos, sin):
         rows = table.producer
         if rows is not None and rows.is_a("Unsqueeze") and rows.attributes.get("axes") == (1,) and table.rank == 4:
-            table = rows.inputs[0]  # noqa: PLW2901
+            table = rows.inputs[0]
         elif table.rank == 4 and table.shape[1] == 1:
-            table = op.once("rows", lambda op, table=table: op.Squeeze(table, axes=(1,)), table)  # noqa: PLW2901
-        if table.rank not in (2, 3) or table.shape[-2:] != whole[1:] or (table.rank == 3 and table.shape[0] not in (1, whole[0])):
+            table = op.once("rows", lambda op, table=table: op.Squeeze(table, axes=(1,)), table)
+        if (
+            table.rank not in (2, 3)
+            or table.shape[-2:] != whole[1:]
+            or (table.rank == 3 and table.shape[0] not in (1, whole[0]))
+        ):
             return None
         if table.shape != whole:
-            table = op.once("every sequence", lambda op, table=table: op.Expand(table, shape=whole), table)  # noqa: PLW2901
+            table = op.once("every sequence", lambda op, table=table: op.Expand(table, shape=whole), table)
         found.append(table)
     return found
 

@@ -61,7 +61,9 @@ def source(
 def _(m: Match) -> dict[str, Any]:
     for name in ("cos", "sin"):
         own = m.values.get(f"key_{name}")
-        require(own in (None, m.values[name]), "rotary_cache_write: keys must be turned by the tables of the queries", own)
+        require(
+            own in (None, m.values[name]), "rotary_cache_write: keys must be turned by the tables of the queries", own
+        )
     groups, width = m.past_k.shape[1], m.past_k.shape[3]
     require_heads("rotary_cache_write", "k", m.k, groups)
     require_heads("rotary_cache_write", "q", m.q, m.q.shape[1] if m.q.rank == 4 else m.q.shape[2] // width)

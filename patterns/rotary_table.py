@@ -121,7 +121,7 @@ def _rows(part: Subject, start: Value, positions: Tensor) -> Tensor:
     if sizes is None:
         raise Disagrees("the positions' dims are related")
     found = []
-    for chunk in positions.split(length * batch):
+    for chunk in torch.split(positions, length * batch):
         padded = torch.cat([chunk, chunk[:1].expand(length * batch - len(chunk))])
         dtype = getattr(torch, str(start.dtype))
         held = part.evaluate(sizes, {start: padded.reshape(concrete(shape, sizes)).to(dtype)})
@@ -142,7 +142,9 @@ def _closed_form(cosine: _Table, sine: _Table) -> tuple[Tensor, float] | None:
             return None
         frequencies = torch.atan2(sin_1, cos_1).float()
         positions = torch.tensor(POSITIONS)
-        for table, wanted in zip((cosine, sine), rotary_table.reference(positions, frequencies.double(), scale=scale), strict=True):
+        for table, wanted in zip(
+            (cosine, sine), rotary_table.reference(positions, frequencies.double(), scale=scale), strict=True
+        ):
             if not ((table.once(positions) - wanted).abs() <= EXACT * scale).all():
                 return None
     except Disagrees:
@@ -160,7 +162,7 @@ def _replace(recognition: Recognition, cosine: _Table, sine: _Table, frequencies
     for table, made in zip((cosine, sine), cos.producer.outputs, strict=True):
         value = table.subject.value
         if value.dtype is not made.dtype and value.dtype is not None:
-            made = recognition.emit("Cast", table.subject, [made], {"to": value.dtype.onnx})  # noqa: PLW2901
+            made = recognition.emit("Cast", table.subject, [made], {"to": value.dtype.onnx})
         recognition.replace(table.subject, _laid_out(recognition, table, made))
 
 

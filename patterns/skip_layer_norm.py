@@ -58,7 +58,8 @@ def skip_node_takes(x: Value, weight: Value) -> bool:
 
 @skip_layer_norm.lower("ort")
 def _(op: Any, x: Any, skip: Any, weight: Any, bias: Any, *, eps: float) -> Any:
-    if not skip_node_takes(x, weight):
+    # In float16 the skip node rounds the residual stream at every layer, as that of RMSNorm does.
+    if x.dtype is DType.FLOAT16 or not skip_node_takes(x, weight):
         total = op.Add(x, skip)
         return layer_norm.lowerings["ort"](op, total, weight, bias, eps=eps), total
     y, _, _, total = op.microsoft.SkipLayerNormalization(x, skip, weight, bias, epsilon=eps, outputs=4)

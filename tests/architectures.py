@@ -196,9 +196,7 @@ class Decoder(torch.nn.Module):
     def _states(self) -> list[tuple[int, int]]:
         """Heads and head dim of every key and value, as a run over one token shows them: configs name them variously."""
         cache = self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True).past_key_values
-        return [
-            (state.shape[1], state.shape[3]) for layer in cache.layers for state in (layer.keys, layer.values)
-        ]
+        return [(state.shape[1], state.shape[3]) for layer in cache.layers for state in (layer.keys, layer.values)]
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *others: torch.Tensor

@@ -18,9 +18,19 @@ Array: TypeAlias = NDArray[Any]
 Feeds: TypeAlias = dict[str, Array]
 Step: TypeAlias = tuple[int, int, int, int]  # batch, new tokens, past, padding on the left of the first sequence
 
-STEPS: dict[str, Step] = {"decode": (1, 1, 9, 0), "prefill": (1, 7, 0, 0), "chunk": (1, 3, 5, 0), "padded": (2, 3, 5, 2)}
+STEPS: dict[str, Step] = {
+    "decode": (1, 1, 9, 0),
+    "prefill": (1, 7, 0, 0),
+    "chunk": (1, 3, 5, 0),
+    "padded": (2, 3, 5, 2),
+}
 SINGLE: dict[str, Step] = {"decode": (1, 1, 9, 0), "padded": (2, 1, 5, 2)}
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 
 
 def cases(source: Path | str | onnxruntime.InferenceSession) -> dict[str, Feeds]:
@@ -45,7 +55,13 @@ def padded_prefill(source: Path | str | onnxruntime.InferenceSession) -> Feeds:
 
 
 def feeds(
-    source: Path | str | onnxruntime.InferenceSession, batch: int, new: int, past: int, *, padding: int = 0, seed: int = 0
+    source: Path | str | onnxruntime.InferenceSession,
+    batch: int,
+    new: int,
+    past: int,
+    *,
+    padding: int = 0,
+    seed: int = 0,
 ) -> Feeds:
     """Random feeds: `new` tokens a sequence on `past`, the first with `padding` tokens of padding on its left."""
     return _feeds(_signature(source), (batch, new, past, padding), seed)
@@ -72,7 +88,9 @@ def _feeds(signature: Sequence[Any], step: Step, seed: int) -> Feeds:
     mask = np.ones((batch, past + new), np.int64)
     mask[0, :padding] = 0
     visible = np.zeros((batch, 1, new, room), np.bool_)
-    visible[..., : past + new] = (np.arange(past + new) <= np.arange(past, past + new)[:, None]) & mask[:, None, None] > 0
+    visible[..., : past + new] = (np.arange(past + new) <= np.arange(past, past + new)[:, None]) & mask[
+        :, None, None
+    ] > 0
     known = {
         "input_ids": random.randint(0, V, (batch, new)),
         "attention_mask": mask,
@@ -137,7 +155,9 @@ def reference(architecture: str, feeds: Feeds, *, layers: int = 2, attn: str = "
     known, filled = standard(feeds), _filled(feeds)
     batch = len(feeds["input_ids"])
     if feeds["attention_mask"].ndim == 4:
-        known["attention_mask"] = feeds["attention_mask"][:, 0, -1, : filled + feeds["input_ids"].shape[1]].astype(np.int64)
+        known["attention_mask"] = feeds["attention_mask"][:, 0, -1, : filled + feeds["input_ids"].shape[1]].astype(
+            np.int64
+        )
     inputs = []
     for name, dims in flat.inputs.items():
         if name in known:

@@ -196,7 +196,11 @@ def _fits(source: Source, example: dict[str, Any]) -> bool:
         return False
     if source.operator.name == "rotary" and len(example["C"]) != 3 and "RotaryEmbedding" in names:
         return False
-    if source.operator.name == "rotary" and "RotaryEmbedding" not in names and example["interleaved"] != ("Slice" in names):
+    if (
+        source.operator.name == "rotary"
+        and "RotaryEmbedding" not in names
+        and example["interleaved"] != ("Slice" in names)
+    ):
         return False
     if source.operator.name == "attention" and example["merged"] != ("attention" in names):
         return False
@@ -312,7 +316,9 @@ class _Builder:
         if any(value is None or value.dtype is not self.x for value in outputs):
             raise IllTyped
         wanted = self._output_shapes()
-        if wanted is not None and any(v is not None and v.shape != shape for v, shape in zip(outputs, wanted, strict=False)):
+        if wanted is not None and any(
+            v is not None and v.shape != shape for v, shape in zip(outputs, wanted, strict=False)
+        ):
             raise IllTyped
         self._forget_unused()
         used = {STANDS_FOR.get(name, name) for name, value in self.variables.items() if value.uses}
@@ -348,7 +354,10 @@ class _Builder:
             return None
         values = [self.variables.get(argument.name) for argument in self.operator.signature.inputs]
         for stands, name in STANDS_FOR.items():
-            values = [self.variables.get(stands) if v is None and a.name == name else v for v, a in zip(values, self.operator.signature.inputs, strict=True)]
+            values = [
+                self.variables.get(stands) if v is None and a.name == name else v
+                for v, a in zip(values, self.operator.signature.inputs, strict=True)
+            ]
         return self.operator.output_shapes(values, attributes_of(self.example))
 
     def _reader(self, reader: Result) -> Value:
@@ -359,7 +368,13 @@ class _Builder:
         if q is None:
             queries = Argument("q", ("B", "G", "S", "Dh"))
             q = self._input("q", queries)
-        attributes = {"heads": (q.shape[1], k.shape[1]), "scale": 0.25, "softcap": 0.0, "guarded": False, "merged": False}  # type: ignore[index]
+        attributes = {
+            "heads": (q.shape[1], k.shape[1]),
+            "scale": 0.25,
+            "softcap": 0.0,
+            "guarded": False,
+            "merged": False,
+        }  # type: ignore[index]
         return self._add("attention", [q, k, v], attributes, FUSER)
 
     def _input(self, name: str, argument: Argument) -> Value:
@@ -545,9 +560,9 @@ class _Builder:
             return {"to": types[self.picks.pick(len(types))].onnx}
         if wanted.op == "Slice":
             return {"ends": (x.shape[-1],)}
-        if wanted.op == "Unsqueeze" and x in (self.variables.get("cos"), self.variables.get("sin")) and x.rank != 3:
-            if wanted.attributes["axes"] == (2,):
-                raise IllTyped  # a table for every token has no axis of heads yet
+        is_table = x in (self.variables.get("cos"), self.variables.get("sin"))
+        if wanted.op == "Unsqueeze" and is_table and x.rank != 3 and wanted.attributes["axes"] == (2,):
+            raise IllTyped  # a table for every token has no axis of heads yet
         if wanted.op == "Split" and "sizes" in self.example:
             return {"split": self.example["sizes"]}
         if wanted.op == "Split":

@@ -144,7 +144,10 @@ def test_one_new_token(architecture: str, exporter: str, tmp_path: Path) -> None
 
 def test_nodes_of_a_layer() -> None:
     """A layer of Llama: two norms with their residual adds, qkv, rotary and cache write, attention, o, gate and up, gate, down."""
-    sizes = [fuser.fuse(zoo.exported("llama", "torchscript", layers=n), target="functions").report.nodes_after for n in (2, 4)]
+    sizes = [
+        fuser.fuse(zoo.exported("llama", "torchscript", layers=n), target="functions").report.nodes_after
+        for n in (2, 4)
+    ]
     assert sizes[1] - sizes[0] == 2 * 9
 
 
@@ -166,7 +169,12 @@ def test_fusing_again_finds_the_same(architecture: str, exporter: str, target: s
     path = zoo.exported(architecture, exporter)
     once = _saved(path, target, tmp_path)
     again = fuser.fuse(once, target=target)
-    assert again.report.fused == expected(architecture, exporter)
+    found = expected(architecture, exporter)
+    if any(node.op_type == "GroupQueryAttention" for node in onnx.load(once).graph.node):  # which is left as it is
+        found = {kind: n for kind, n in found.items() if kind not in ("attention", "rotary_cache_write")} | {
+            "rotary": 2 * LAYERS
+        }
+    assert again.report.fused == found
     assert again.report.misses == []
     twice = tmp_path / "twice.onnx"
     again.save(twice)

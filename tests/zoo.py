@@ -54,11 +54,11 @@ __all__ = [
     "OPTIMUM",
     "Array",
     "D",
+    "Decoder",
     "F",
     "Feeds",
     "G",
     "H",
-    "Decoder",
     "V",
     "cases",
     "export",
@@ -132,7 +132,12 @@ def _is_made(architecture: str, exporter: str) -> bool:
         return False
     if how.kind == "transformers" or how.attn is not None:
         own = spec_of(architecture).attn  # who has no sdpa has it by no exporter
-        return architecture in WIDELY and how.component != "static" and how.attn != own and (own, how.attn) != ("eager", "sdpa")
+        return (
+            architecture in WIDELY
+            and how.component != "static"
+            and how.attn != own
+            and (own, how.attn) != ("eager", "sdpa")
+        )
     return True
 
 

@@ -1,5 +1,7 @@
 """Attention and rotary operators in one form: by head, the cache appended and the causal mask written beside them."""
 
+from typing import Any
+
 from fuser import dims
 from fuser.canonicalize.rules import become, emit, rule, sole
 from fuser.constants import Array
@@ -34,7 +36,14 @@ def _attention(graph: Graph, node: Node) -> bool:
     q, k, v, mask, past_k, past_v = (node.input(i) for i in range(6))
     options = node.attributes
     plain = (q is not None and q.rank == 4) and past_k is None and not options.get("is_causal")
-    if plain or q is None or k is None or v is None or node.input(6) is not None or (past_k is None) != (past_v is None):
+    if (
+        plain
+        or q is None
+        or k is None
+        or v is None
+        or node.input(6) is not None
+        or (past_k is None) != (past_v is None)
+    ):
         return False
     if any(value.captured for value in node.outputs) or any(v.uses or v.is_output for v in node.outputs[3:]):
         return False
@@ -55,8 +64,12 @@ def _attention(graph: Graph, node: Node) -> bool:
         value = emit(graph, node, "Concat", [past_v, value], {"axis": -2})
     if options.get("is_causal"):
         mask = _causal(graph, node, query, key, past, mask)
-    kept = {name: options[name] for name in ("scale", "softcap", "softmax_precision") if name in options}
-    y = emit(graph, node, "Attention", [query, key, value, *([mask] if mask is not None else [])], {"is_causal": 0, **kept})
+    kept: dict[str, Any] = {
+        name: options[name] for name in ("scale", "softcap", "softmax_precision") if name in options
+    }
+    y = emit(
+        graph, node, "Attention", [query, key, value, *([mask] if mask is not None else [])], {"is_causal": 0, **kept}
+    )
     result = _by_token(graph, node, y) if q.rank == 3 else y
     for old, new in zip(node.outputs, (result, key, value), strict=False):
         new.dtype = new.dtype or old.dtype
@@ -94,9 +107,21 @@ def _above_merging(graph: Graph, node: Node) -> bool:
         return False
     if not merge.is_a("Reshape") or not turn.is_a("Transpose") or turn.attributes.get("perm") != BY_HEAD:
         return False
-    if allowed.rank != 3 or allowed.shape is None or allowed.shape[2] != 1 or not sole(merged, node) or node.output.captured:
+    if (
+        allowed.rank != 3
+        or allowed.shape is None
+        or allowed.shape[2] != 1
+        or not sole(merged, node)
+        or node.output.captured
+    ):
         return False
-    if merged is None or merged.rank != 3 or not sole(merge.inputs[0], merge) or len(merge.inputs) > 1 or turn.inputs[0] is None:
+    if (
+        merged is None
+        or merged.rank != 3
+        or not sole(merge.inputs[0], merge)
+        or len(merge.inputs) > 1
+        or turn.inputs[0] is None
+    ):
         return False
     rows = emit(graph, node, "Unsqueeze", [allowed], {"axes": (1,)})
     chosen = emit(graph, node, "Where", [rows, turn.inputs[0], other])
@@ -140,4 +165,3 @@ def _turned(graph: Graph, node: Node, x: Value, cos: Value, sin: Value, position
     graph.replace(node.output, result)
     graph.remove(node)
     return True
-
