@@ -162,6 +162,9 @@ def reference(architecture: str, feeds: Feeds, *, layers: int = 2, attn: str = "
     for name, dims in flat.inputs.items():
         if name in known:
             array = known[name][:, :, :filled] if name.startswith("past_key_values.") else known[name]
+        elif name == "position_ids":  # a graph that is not told them counts every token
+            new, total = feeds["input_ids"].shape[1], feeds["attention_mask"].shape[1]
+            array = np.broadcast_to(np.arange(total - new, total), (batch, new)).copy()
         else:
             array = np.zeros([batch, dims[1], 0, dims[3]], np.float32)
         inputs.append(torch.from_numpy(array))

@@ -23,11 +23,13 @@ EXPORTS = [
 def test_export_equals_torch(architecture: str, exporter: str) -> None:
     path = zoo.exported(architecture, exporter)
     cases = zoo.cases(path)
-    assert tuple(cases) == CASES
+    assert tuple(cases) == (("decode", "padded") if "decode" in exporter else CASES)
     for name, feeds in cases.items():
+        if name == "padded" and "prefill" in exporter:
+            continue  # implementations differ in what queries get that may attend to nothing
         expected = zoo.reference(architecture, feeds)
         for optimize in (False, True):
-            error = zoo.relative_error(zoo.run(path, feeds, optimize=optimize), expected)
+            error = zoo.relative_error(zoo.standard(zoo.run(path, feeds, optimize=optimize)), expected)
             assert error <= 2e-5, f"{name}, optimize={optimize}: {error:.1e}"
 
 
