@@ -102,7 +102,9 @@ def test_functions_target_is_a_complete_model() -> None:
 def test_shapes_in_the_file_are_consistent() -> None:
     result = fuser.fuse(zoo.exported("llama", "torchscript"), target="functions")._artifact.model
     onnx.checker.check_model(result, full_check=True)
-    made = {value for node in result.graph.node for value in node.output} - {value.name for value in result.graph.output}
+    made = {value for node in result.graph.node for value in node.output} - {
+        value.name for value in result.graph.output
+    }
     read = {value for node in result.graph.node for value in node.input}
     assert {info.name for info in result.graph.value_info} >= made & read
     inferred = onnx.shape_inference.infer_shapes(result, strict_mode=True, data_prop=True)
