@@ -163,7 +163,8 @@ def fuse(
         typer.Option("-o", "--output", help="Where to write the fused model; without it, only the report is made."),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="ort: runs in stock ONNX Runtime. functions: fused nodes with standard bodies.")
+        str,
+        typer.Option(help="ort: for stock ONNX Runtime. onnx: standard operators. functions: fused nodes with bodies."),
     ] = "ort",
     dim: Dims = None,
     verify: Annotated[

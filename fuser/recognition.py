@@ -1,6 +1,6 @@
 """Recognising a tensor by what it holds: its subgraph, evaluated on many instances, compared with a closed form.
 
-Masks, rotary tables and positions depend on sizes, on positions and on which tokens are padding, and on nothing else. How
+Masks and rotary tables depend on sizes, on positions and on which tokens are padding, and on nothing else. How
 an exporter computes them changes with every release; what they hold does not. A fused operator may declare a recognizer,
 which is shown every such *positional* value that meets the rest of the model, and says what closed form it is.
 """
@@ -45,15 +45,30 @@ class Subject:
     inputs: list[Value]
 
     @cached_property
+    def constants(self) -> list[Constant]:
+        """The constants that the subgraph reads."""
+        return [v.constant for node in self.nodes for v in node.inputs if v is not None and v.constant is not None]
+
+    @cached_property
     def numbers(self) -> list[int]:
-        """The whole numbers greater than 1 that stand in the subgraph: lengths of windows among them."""
+        """The sizes greater than 1 of the numbers in the subgraph: lengths of windows among them.
+
+        A number that masks scores is none, nor what stands for infinity among whole numbers.
+        """
         found = {
-            int(value.scalar)
-            for node in self.nodes
-            for value in node.inputs
-            if value is not None and value.scalar is not None and abs(value.scalar) < 1 << 30
+            abs(int(constant.scalar))
+            for constant in self.constants
+            if constant.scalar is not None
+            and abs(constant.scalar) < 1 << 30
+            and (constant.dtype.is_integer or constant.scalar > 0)
         }
-        return sorted(abs(number) for number in found if abs(number) > 1)
+        return sorted(number for number in found if number > 1)
+
+    @cached_property
+    def extent(self) -> int | None:
+        """As far as the tables reach that the subgraph stores; None where it computes everything."""
+        long = [[size for size in constant.shape if size > 1] for constant in self.constants]
+        return min((min(sizes[-2:]) for sizes in long if len(sizes) > 1), default=None)
 
     def after(self, start: Value) -> "Subject | None":
         """The part of the subgraph that computes the value from `start`; None where it reads anything else."""
@@ -162,10 +177,6 @@ class Recognition:
 
     def constant(self, data: Any, dtype: DType) -> Value:
         return self.graph.constant(Array.of(data, dtype))
-
-    def replace(self, subject: Subject, new: Value) -> None:
-        """Puts `new` in the place of a subject's value; what only that needed goes when the graph is pruned."""
-        self.graph.replace(subject.value, new)
 
     def refuse(self, operator: FusedOp, subject: Subject, expected: str, found: str) -> None:
         line = operator.recognizer_line

@@ -23,6 +23,7 @@ from fuser.recognition import Disagrees, Recognition, Subject
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
 FAR = 1 << 17  # the longest window that is looked for
+WIDEST = 4096  # the largest stored mask that is looked at, all of it
 
 
 @fused_op("shape[R], padding[B, T]? -> allowed[*M]")
@@ -76,7 +77,7 @@ def _(recognition: Recognition) -> None:
             expected = "allowed[b, 0, i, j] = -left <= j - (past + i) <= right and padding[b, j]"
             recognition.refuse(attention_mask, subject, expected, str(reason))
             continue
-        padding = subject.inputs[0] if subject.inputs and _depends_on_padding(subject) else None
+        padding = subject.inputs[0] if subject.inputs else None
         wanted = _shape(subject, padding)
         if wanted is None:
             continue
@@ -86,7 +87,7 @@ def _(recognition: Recognition) -> None:
         if value.dtype is not None and value.dtype is not DType.BOOL:
             numbers = [recognition.constant(number, value.dtype) for number in (0.0, lowest)]
             new = recognition.emit("Where", subject, [new, *numbers])
-        recognition.replace(subject, new)
+        recognition.graph.replace(value, new)
 
 
 def _has_the_form(value: Value) -> bool:
@@ -136,14 +137,16 @@ def _instances(subject: Subject) -> Iterator[_Instance]:
     """The instances that a subject's fixed dims allow; those that show where a window ends come last."""
     shape = subject.value.shape or ()
     lengths = [number for number in subject.numbers if number <= FAR]
+    extent = subject.extent
+    whole = [] if extent is None else [(1, extent, 0, "none"), (1, 3, extent - 3, "none"), (2, 1, extent - 1, "left")]
     far = [(1, 3, lengths[-1] + 2, "none"), (2, 3, lengths[-1] + 2, "left")] if lengths else []
     between = [(2, 5, length + shift, "left") for length in lengths[-3:] for shift in (-4, -3, -1)]
-    for B, S, P, padding in (*_CASES, *((b, s, max(0, p), padding) for b, s, p, padding in (*between, *far))):
+    for B, S, P, padding in (*_CASES, *((b, s, max(0, p), padding) for b, s, p, padding in (*between, *far, *whole))):
         batch = shape[0] if len(shape) == 4 and isinstance(shape[0], int) and subject.inputs else B
         new = shape[-2] if isinstance(shape[-2], int) else S
         total = shape[-1] if isinstance(shape[-1], int) else new + P
         instance = _Instance(batch if isinstance(batch, int) else B, new, total, padding)
-        if total >= new and _sizes(subject, instance) is not None:
+        if total >= new and total <= (extent or total) and _sizes(subject, instance) is not None:
             yield instance
 
 
@@ -161,10 +164,8 @@ def _sizes(subject: Subject, instance: _Instance, otherwise: int = 0) -> dict[An
 def _held(subject: Subject, instance: _Instance) -> tuple[Tensor, float] | None:
     """(what is allowed, the number that masks) on an instance; None where that is not what the value says."""
     found: Tensor | None = None
-    for otherwise in (
-        instance.T,
-        instance.T - instance.S,
-    ):  # a length that no dim of its own tells: of all, or of the past
+    # A length that no dim of its own tells is that of all tokens, or of the past.
+    for otherwise in (instance.T, instance.T - instance.S):
         sizes = _sizes(subject, instance, otherwise)
         assert sizes is not None
         given = {}
@@ -196,8 +197,17 @@ def _closed_form(subject: Subject) -> tuple[int, int, float]:
     if len(subject.inputs) > 1:
         names = ", ".join(given.name for given in subject.inputs)
         raise Disagrees(f"it depends on {names}, of which one may be the padding")
-    if subject.inputs and subject.value.rank != 4 and _depends_on_padding(subject):
-        raise Disagrees(f"it depends on {subject.inputs[0].name} and is one mask for all sequences")
+    if subject.numbers and subject.numbers[-1] > FAR:
+        raise Disagrees(f"a window of {subject.numbers[-1]} would be longer than any that is tried")
+    if subject.extent is not None and subject.extent > WIDEST:
+        raise Disagrees(f"the mask it stores is larger than {WIDEST}")
+    for given in subject.inputs:
+        if any(user.is_a("Gather") and user.input(1) is given for user in given.consumers):
+            raise Disagrees(f"it depends on {given.name}, which indexes a table: more than a token or none")
+        if not _depends_on_padding(subject):
+            raise Disagrees(f"it reads {given.name}, of which 0 and 1 show nothing")
+        if subject.value.rank != 4:
+            raise Disagrees(f"it depends on {given.name} and is one mask for all sequences")
     instances = list(_instances(subject))
     varies = any(not isinstance(dim, int) for dim in (subject.value.shape or ())[-2:])
     if varies and len({(instance.S, instance.T) for instance in instances}) < 3:
@@ -211,7 +221,7 @@ def _closed_form(subject: Subject) -> tuple[int, int, float]:
             raise Disagrees(f"{instance}: masked scores get different numbers")
         allowed, lowest = held
         sizes = _sizes(subject, instance)
-        padding = instance.tokens() if subject.inputs and _depends_on_padding(subject) else None
+        padding = instance.tokens() if subject.inputs else None
         shape = dims.concrete(subject.value.shape or (), sizes or {})
         wanted = attention_mask.reference(torch.tensor(shape), padding, left_window=left, right_window=right)
         if allowed.shape != wanted.shape:

@@ -163,7 +163,7 @@ def embedded(op: Any, x: Any, cos: Any, sin: Any, heads: int, *, rotary_dim: int
     """Tokens [B, S, heads * Dh] turned, from tokens or from what is arranged by head, with an operator where that can be."""
     batch, length = x.shape[0], x.shape[1 if x.rank == 3 else 2]
     tables = _tables(op, cos, sin, (batch, length, rotary_dim // 2))
-    if tables is None or x.dtype is DType.FLOAT64:
+    if op.opset < 23 or tables is None or x.dtype is DType.FLOAT64:
         turned = rotary.lowerings["functions"](
             op, arranged(op, x, heads), cos, sin, rotary_dim=rotary_dim, interleaved=interleaved
         )

@@ -19,7 +19,6 @@ from fuser.recognition import Disagrees, Recognition, Subject
 
 POSITIONS = (0, 1, 2, 7, 64, 1000, 4097, 32771)
 EXACT = 1e-9  # of the scale, in float64
-EXPECTED = "scale * cos(position * frequency), scale * sin(position * frequency)"
 
 
 @fused_op("positions[*P], frequencies[R] -> cos[*P, R], sin[*P, R]")
@@ -84,9 +83,10 @@ def _table(subject: Subject) -> _Table | None:
             if v is not None and v.constant is not None and v.constant.dtype.is_float
             and sum(size > 1 for size in v.constant.shape) > 1
         ]  # fmt: skip
-        limit = min((max(constant.shape[:-1]) for constant in stored), default=1 << 20)
+        limit = min((max(constant.shape[:-1]) for constant in stored), default=None)
         try:
-            rows = _rows(part, start, torch.arange(7, 7 + 5) % limit)
+            # Of a stored table all rows, of another those of positions far and near.
+            rows = _rows(part, start, torch.tensor(POSITIONS) if limit is None else torch.arange(limit))
         except Disagrees:
             continue
         layout, half = "once", rows.shape[-1] // 2
@@ -163,7 +163,7 @@ def _replace(recognition: Recognition, cosine: _Table, sine: _Table, frequencies
         value = table.subject.value
         if value.dtype is not made.dtype and value.dtype is not None:
             made = recognition.emit("Cast", table.subject, [made], {"to": value.dtype.onnx})
-        recognition.replace(table.subject, _laid_out(recognition, table, made))
+        recognition.graph.replace(value, _laid_out(recognition, table, made))
 
 
 def _laid_out(recognition: Recognition, table: _Table, once: Value) -> Value:
