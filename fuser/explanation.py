@@ -39,6 +39,7 @@ class Reason:
         spots: every place that is so; the rest is said of the first.
         odd: whether most layers are not so.
         others: where a pattern has the word, what the other layers have there, and this one.
+        different: whether it names a node in which the layer differs from the others.
     """
 
     kind: str
@@ -52,11 +53,19 @@ class Reason:
     spots: tuple[Spot, ...]
     odd: bool = False
     others: str = ""
+    different: bool = False
 
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """The smaller, the likelier to be what is wrong."""
-        return (not self.missed, not self.odd, KINDS.index(self.kind), -self.matched / max(1, self.total))
+    def order(self, *, spread: bool) -> tuple[Any, ...]:
+        """The smaller, the likelier to be what is wrong.
+
+        What is odd in a layer built like the others has come from one that is not: where there is such a thing
+        (`spread`), a difference comes before it, even one for which nothing is missed in its own layer.
+        """
+        if self.missed:
+            place = 3 if not self.odd else 0 if self.different else 2
+        else:
+            place = 1 if spread else 4
+        return (place, KINDS.index(self.kind), -self.matched / max(1, self.total))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +81,7 @@ class Reason:
             "places": [spot.to_json() for spot in self.spots],
             "odd": self.odd,
             "others": self.others,
+            "different": self.different,
         }
 
 
@@ -179,6 +189,11 @@ def layer_json(layer: Layer | None) -> dict[str, Any]:
     return {"stack": None if layer is None else layer.stack, "layer": None if layer is None else layer.index}
 
 
+def layer_of(place: Place, layers: Layers) -> Layer | None:
+    """The layer of a near miss: that of the node to look at, for much of what matched may be shared by all layers."""
+    return layers.of(place.at) or layers.of(place.sources)
+
+
 class _Near(NamedTuple):
     """One place of a near miss."""
 
@@ -216,9 +231,7 @@ class _Reasoning:
     def __init__(self, explanation: Explanation, outcome: Outcome) -> None:
         self.explanation, self.layers = explanation, explanation.layers
         self.near = [
-            _Near(miss, place, self.layers.of((*place.sources, *place.at)))
-            for miss in outcome.misses
-            for place in miss.places
+            _Near(miss, place, layer_of(place, self.layers)) for miss in outcome.misses for place in miss.places
         ]
         self.kinds: dict[str, dict[str, None]] = {}  # what an operator is counted as
         for fused in outcome.constructs:
@@ -237,7 +250,8 @@ class _Reasoning:
             if id(one) not in told:
                 alike.setdefault(id(one.miss), []).append(one)
         self.found += [(self._of_pattern(near), near) for near in alike.values()]
-        self.found.sort(key=lambda pair: pair[0].order)
+        spread = any(reason.missed and reason.odd and not reason.different for reason, _ in self.found)
+        self.found.sort(key=lambda pair: pair[0].order(spread=spread))
         self.explanation.reasons = [reason for reason, _ in self.found]
         for reason, near in self.found:
             self.explanation.constructs += self._missed(reason, near)
@@ -264,7 +278,10 @@ class _Reasoning:
         return lacking[0] if len(lacking) == 1 else operator
 
     def _module(self, place: Place) -> str:
-        return self.layers.home(place.sources) or place.module
+        """The module of what had matched, what layers share left aside."""
+        layer = layer_of(place, self.layers)
+        own = [source for source in place.sources if self.layers.of((source,)) == layer]
+        return self.layers.home(own or place.at) or place.module
 
     def _missed(self, reason: Reason, near: Sequence[_Near]) -> Iterator[Construct]:
         """The constructs that are missed for a reason, each at its place."""
@@ -286,7 +303,10 @@ class _Reasoning:
         usual = self._usual(members)
         if len(members) < MAJORITY_OF or not usual:
             return
-        alike = self.layers.usual(usual)
+        inner = [
+            layer for layer in usual if layer in members[1:-1]
+        ]  # the first and the last read and give other things
+        alike = self.layers.usual(inner if len(inner) >= MAJORITY_OF - 1 else usual)
         unique = {layers[0] for layers in self.layers.alike(members[1:-1]) if len(layers) == 1}
         everywhere = {id(near.miss) for near in self.near if near.layer in usual}
         for layer in members:
@@ -307,7 +327,7 @@ class _Reasoning:
             yield self._of_pattern(near, (self._kind(miss.fusion, lacking),), odd=True), near
 
     def _usual(self, members: Sequence[Layer]) -> list[Layer]:
-        """The layers with the contents that most have."""
+        """The layers with the contents that most have, the first and the last aside where there are enough."""
         contents: dict[Any, list[Layer]] = {}
         for layer in members:
             fused = Counter(
@@ -315,8 +335,9 @@ class _Reasoning:
             )
             missed = Counter(id(near.miss) for near in self.near if near.layer == layer)
             contents.setdefault(frozenset([*fused.items(), *missed.items()]), []).append(layer)
-        most = max(contents.values(), key=len)
-        return most if 2 * len(most) > len(members) else []
+        inner = members[1:-1] if len(members) >= MAJORITY_OF + 2 else members
+        most = max(contents.values(), key=lambda layers: len({*layers} & {*inner}))
+        return most if 2 * len({*most} & {*inner}) > len(inner) else []
 
     def _fused(self, layer: Layer) -> Counter[str]:
         return Counter(c.kind for c in self.explanation.constructs if c.layer == layer and c.reason is None)
@@ -347,6 +368,7 @@ class _Reasoning:
             named = [one for one in near if _names(one, difference.here)]
             if named:
                 reason = self._of_pattern(named[:1], missed, odd=True)
+                reason.different = True
                 if named[0].miss.rank == STRUCTURE:
                     reason.others = "   here ".join(self.layers.describe(difference))
                 yield reason, near
@@ -368,7 +390,7 @@ class _Reasoning:
             line, matched, total = "", 0, 0
         return Reason(
             DIFFERENCE, missed, here.sources, expected, f"{found} at {here.sources[0]}", line, matched, total,
-            (Spot(layer, self.layers.home(here.sources), here.sources[0]),), True,
+            (Spot(layer, self.layers.home(here.sources), here.sources[0]),), True, different=True,
         )  # fmt: skip
 
     def _concerns(self, near: _Near, difference: Difference) -> bool:

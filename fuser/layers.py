@@ -154,7 +154,8 @@ class Layers:
         if not numbers:
             return None
         if not self.named:
-            return self.of_steps[max(numbers, key=lambda number: self.steps[number].depth)]
+            last = max(numbers, key=lambda number: self.steps[number].depth)
+            return None if last in self._shared else self.of_steps[last]
         found, count = Counter(self.of_steps[number] for number in numbers).most_common(1)[0]
         return self._split(self.home(sources)) or (found if 2 * count >= len(numbers) else None)
 
@@ -203,11 +204,14 @@ class Layers:
         """A layer begins at the construct before each one of the kind that comes back most regularly."""
         ordered = sorted(parts, key=lambda part: self.depth(part.sources))
         spine = self._spine(ordered)
-        leaders = [
-            (before if before is not None and before.kind != spine else part, part)
-            for before, part in zip([None, *ordered], ordered, strict=False)
-            if part.kind == spine
-        ]
+        counts = Counter(part.kind for part in parts)
+        leaders: list[tuple[Part, Part]] = []
+        before: Part | None = None
+        for part in ordered:
+            if part.kind == spine:
+                leaders.append((before if before is not None and before.kind != spine else part, part))
+            if counts[part.kind] > 1 or not part.fused or not leaders:  # what comes once, a mask, begins no layer
+                before = part
         kinds = Counter(leader.kind for leader, _ in leaders)
         starts = []
         for leader, part in leaders:
@@ -217,10 +221,26 @@ class Layers:
         if not starts:
             return [None] * len(self.steps)
         ends = [*starts[1:], starts[-1] + _regularity(starts)[1]]
+        first, last = leaders[0]
+        return self._cut(starts[0], ends, set(self._numbers((*first.sources, *last.sources))))
+
+    def _cut(self, start: int, ends: Sequence[int], first: set[int]) -> list[Layer | None]:
+        """The layer of each step by its depth; of what does not come from the `first` steps, that of its only reader."""
+        behind = set(first)
         found: list[Layer | None] = []
-        for step in self.steps:
+        for number, step in enumerate(self.steps):
+            if any(isinstance(given, tuple) and given[0] in behind for given in step.inputs):
+                behind.add(number)
             at = bisect_right(ends, step.depth)
-            found.append(Layer("", at) if at < len(ends) and step.depth >= starts[0] else None)
+            inside = number in behind and at < len(ends) and step.depth >= start
+            found.append(Layer("", at) if inside else None)
+        readers: dict[int, set[Layer | None]] = defaultdict(set)
+        for number in reversed(range(len(self.steps))):
+            if number not in behind and len(readers[number]) == 1:
+                (found[number],) = readers[number]
+            for given in self.steps[number].inputs:
+                if isinstance(given, tuple):
+                    readers[given[0]].add(found[number])
         return found
 
     def _spine(self, ordered: Sequence[Part]) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuser.explanation import DIFFERENCE, KINDS, Construct, Explanation, Group, Reason, layer_json
+from fuser.explanation import DIFFERENCE, KINDS, Construct, Explanation, Group, Reason, layer_json, layer_of
 from fuser.layers import Layer
 from fuser.matching import CHECK
 from fuser.rewriting import Miss
@@ -76,7 +76,7 @@ class Report:
             "reason": KINDS[miss.rank],
             "places": [
                 {"module": place.module, "node": place.node}
-                | layer_json(None if layers is None else layers.of((*place.sources, *place.at)))
+                | layer_json(None if layers is None else layer_of(place, layers))
                 for place in miss.places
             ],
         }
