@@ -1,7 +1,8 @@
 """The end-to-end check: the original and the fused model in ONNX Runtime, on inputs as generation would feed them.
 
-What each input is for is read from the graph: token ids index a table of constants, positions reach a sine, states are
-floating-point and come back longer. From that follow decode, prefill, chunk and left-padded batches.
+What each input is for is read from the graph: token ids index a table of constants, positions reach a sine or index a
+table of them, states are floating-point and come back longer. From that follow decode, prefill, chunk and left-padded
+batches.
 """
 
 import math
@@ -144,8 +145,26 @@ def _table_size(start: Value) -> int | None:
 
 
 def _reaches_rotation(start: Value) -> bool:
-    """Whether a sine is taken of it. A mask whose running sum gives the positions passes a CumSum first."""
-    return any(node.op in _ROTARY for node, _ in _forward(start, _PLAIN | {"MatMul", "Gather"}))
+    """Whether a sine is taken of it, or it chooses rows of a computed table of floats: of sines, expanded or cut to length.
+
+    Positions are not summed: a mask is whose running sum gives them, even where it is multiplied with that sum again.
+    """
+    reached = list(_forward(start, _PLAIN | {"MatMul", "Gather", "Tile"}))
+    return any(node.op in _ROTARY or _is_index(node, value) for node, value in reached) and not any(
+        node.op == "CumSum" for node, _ in reached
+    )
+
+
+def _is_index(node: Node, value: Value) -> bool:
+    table = node.input(0)
+    return (
+        node.op in ("Gather", "GatherElements")
+        and node.input(1) is value
+        and table is not None
+        and table is not value
+        and table.dtype is not None
+        and table.dtype.is_float
+    )
 
 
 def _forward(start: Value, through: frozenset[str]) -> Iterable[tuple[Node, Value]]:
@@ -173,14 +192,17 @@ class Case:
 
 
 CASES = (Case("decode", 1, 1, 5), Case("prefill", 1, 7, 0), Case("chunk", 1, 3, 5), Case("padded", 2, 3, 5, padding=2))
+ONE_TOKEN = Case("padded", 2, 1, 5, padding=2)  # the padded batch of a graph that takes no more
 STATELESS = (Case("short", 1, 1, 0), Case("full", 1, 7, 0), Case("padded", 2, 6, 0, padding=2))
 
 
 def cases(found: list[Role]) -> list[Case]:
     """The cases a model's fixed dims allow."""
     has_state = any(role.kind == "state" for role in found)
-    allowed = []
-    for case in CASES if has_state else STATELESS:
+    allowed: list[Case] = []
+    for case in (*CASES, ONE_TOKEN) if has_state else STATELESS:
+        if any(case.name == other.name for other in allowed):
+            continue
         if case.padding and not any(role.kind == "mask" for role in found):
             continue
         wanted = sizes(found, case)
