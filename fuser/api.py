@@ -183,8 +183,11 @@ def _rewritten(
     report.fused, report.misses = outcome.fused, outcome.misses
     report.checked, report.reused = outcome.checked, outcome.reused
     report.explanation = explanation.explain(report.model, report.nodes_before, before, outcome)
+    report.stages_s["recognize"] = outcome.recognize_s
     report.stages_s["match"], report.stages_s["check"] = outcome.match_s, outcome.check_s
-    report.stages_s["rewrite"] = max(0.0, perf_counter() - start - outcome.match_s - outcome.check_s)
+    report.stages_s["rewrite"] = max(
+        0.0, perf_counter() - start - outcome.recognize_s - outcome.match_s - outcome.check_s
+    )
     return graph, sources, inputs
 
 
