@@ -127,7 +127,16 @@ def test_report(source: Path, tmp_path: Path) -> None:
         name: {"fused": count, "missed": 0} for name, count in sorted(models.decoder_fusions(2).items())
     }
     assert report["misses"] == []
-    assert set(report["stages_s"]) == {"read", "canonicalize", "match", "check", "rewrite", "export", "verify"}
+    assert set(report["stages_s"]) == {
+        "read",
+        "canonicalize",
+        "recognize",
+        "match",
+        "check",
+        "rewrite",
+        "export",
+        "verify",
+    }
     assert all(seconds >= 0 for seconds in report["stages_s"].values())
     found = report["verification"]
     assert found["status"] == "passed" and found["reason"] is None
