@@ -21,9 +21,10 @@ from fuser.constants import Constant
 from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.errors import FuserError
-from fuser.evaluation import evaluate, to_tensor
+from fuser.evaluation import evaluate
 from fuser.fused import FusedOp
 from fuser.graph import Node, Value
+from fuser.tensors import to_tensor
 
 # (sizes the symbols take, scale of the inputs). Small inputs make an epsilon matter (of 1e-5, of 1e-12), large ones show
 # a clamp.
@@ -177,7 +178,7 @@ class _Trial:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def _leaf(self, constant: Constant) -> np.ndarray:
-        if id(constant) not in self.drawn:
+        if id(constant) not in self.drawn and constant.is_known:
             array = constant.numpy()
             # What the fused node alone reads (zeros where one of several biases is absent) shrinks with the rest.
             return np.full(self._shrunk(constant.shape), array.flat[0]) if _is_uniform(array) else array
@@ -333,7 +334,9 @@ def structure(rewrite: Rewrite) -> Any:
         if constant.inner:
             return (type(constant).__name__, *map(form, constant.inner))
         drawn_as = numbers.setdefault(id(constant), len(numbers)) if id(constant) in drawn else None
-        elements = constant.numpy().tobytes() if drawn_as is None else drawn_as
+        elements = (
+            drawn_as if drawn_as is not None else constant.numpy().tobytes() if constant.is_known else id(constant)
+        )
         return (constant.dtype, constant.shape, elements)
 
     def of(value: Value | Constant | None) -> Any:

@@ -54,6 +54,11 @@ class Constant(ABC):
         """What identifies the data: two constants derived alike from the same stored ones have equal keys."""
         return (type(self), *(constant.key for constant in self.inner)) if self.inner else id(self)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it has elements: what a model without its weights declares has only dtype and shape."""
+        return all(constant.is_known for constant in self.inner)
+
     def leaves(self) -> "list[Constant]":
         """The stored constants this one is computed from in the end; itself when it is stored."""
         return [leaf for constant in self.inner for leaf in constant.leaves()] if self.inner else [self]
@@ -75,7 +80,7 @@ class Constant(ABC):
     @cached_property
     def scalar(self) -> float | None:
         """The one number this constant holds (all elements equal and at most 64 of them), else None."""
-        if not 0 < self.size <= 64 or self.dtype is DType.STRING:
+        if not 0 < self.size <= 64 or self.dtype is DType.STRING or not self.is_known:
             return None
         with np.errstate(invalid="ignore"):  # a signalling NaN is not equal to itself, like any other
             elements = self.numpy().astype(np.float64).reshape(-1)

@@ -23,7 +23,7 @@ def content(value: Value | None) -> Any:
     data = value.constant
     if data is None or not (data.dtype.is_integer or data.dtype is DType.BOOL):
         return None
-    if len(data.shape) > 1 or data.size > CONTENT_LIMIT or data.dtype.bits < 8:
+    if len(data.shape) > 1 or data.size > CONTENT_LIMIT or data.dtype.bits < 8 or not data.is_known:
         return None
     array = data.numpy()
     value.content = tuple(array.tolist()) if data.shape else array.item()

@@ -3,39 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import sympy
 import torch
 
 from fuser import dims, operators
-from fuser.constants import Array, Constant
-from fuser.dtypes import DType
+from fuser.constants import Constant
 from fuser.errors import UnsupportedOperator
 from fuser.fused import REGISTRY
 from fuser.graph import FUSER, Node
+from fuser.tensors import to_tensor
 
 Symbols = Mapping[sympy.Symbol, int]
-
-
-def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """A torch tensor of a numpy array's elements; bfloat16 included."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16).copy()).view(torch.bfloat16)
-    try:
-        return torch.from_numpy(np.array(array))
-    except TypeError:
-        raise UnsupportedOperator(f"a constant of {array.dtype} cannot be computed with") from None
-
-
-def to_constant(tensor: torch.Tensor) -> Constant:
-    """An in-memory constant of a tensor's elements."""
-    dtype = DType(str(tensor.dtype).removeprefix("torch."))
-    if tensor.dtype == torch.bfloat16:
-        array = tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    else:
-        array = tensor.contiguous().numpy()
-    return Array(array, dtype, tuple(tensor.shape))
 
 
 def evaluate(

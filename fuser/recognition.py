@@ -21,10 +21,11 @@ from fuser.constants import Array, Constant
 from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.errors import FuserError
-from fuser.evaluation import evaluate, to_tensor
+from fuser.evaluation import evaluate
 from fuser.fused import FusedOp
 from fuser.graph import FUSER, Graph, Node, Origin, Value
 from fuser.shapes import infer_node
+from fuser.tensors import to_tensor
 
 NODE_LIMIT = 400  # a longer subgraph is none that an exporter writes for a mask or a table
 TABLE_LIMIT = 1 << 24  # elements of a constant that is looked at
@@ -245,7 +246,9 @@ def _accepts(constant: Constant, known: dict[int, bool]) -> bool:
         known[id(constant)] = (
             not constant.dtype.is_float
             or len(long) <= 1
-            or (constant.size <= TABLE_LIMIT and (_starts_at_zero(constant) or _is_mask(constant)))
+            or (
+                constant.size <= TABLE_LIMIT and constant.is_known and (_starts_at_zero(constant) or _is_mask(constant))
+            )
         )
     return known[id(constant)]
 

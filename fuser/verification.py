@@ -19,9 +19,9 @@ from fuser.checking import relative_error
 from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.errors import VerificationError
-from fuser.evaluation import to_tensor
 from fuser.exporter import Artifact
 from fuser.graph import Graph, Node, Value
+from fuser.tensors import to_tensor
 
 WEIGHT_LIMIT_BYTES = 512 << 20  # above this, running two copies is more than a check may cost
 TOLERANCE = {DType.FLOAT64: 2e-5, DType.FLOAT32: 2e-5, DType.FLOAT16: 1e-2, DType.BFLOAT16: 5e-2}

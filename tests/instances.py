@@ -23,12 +23,12 @@ from fuser.constants import Array
 from fuser.dims import Shape
 from fuser.dtypes import DType
 from fuser.errors import InputError
-from fuser.evaluation import to_tensor
 from fuser.fused import Argument, FusedOp, Source
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.pattern import Absent, Apply, Capture, CheckFailed, Either, Literal, Pattern, Result, Var
 from fuser.patterns.attention import LEAST
 from fuser.shapes import infer_node
+from fuser.tensors import to_tensor
 
 Alternative = tuple[int, int]  # id of an Either (or Absent), and which of its forms
 NEWEST = {"Swish": 24}

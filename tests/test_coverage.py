@@ -17,8 +17,9 @@ import torch
 
 import fuser
 from fuser.api import FusedModel
-from fuser.evaluation import evaluate, to_tensor
+from fuser.evaluation import evaluate
 from fuser.importer import load
+from fuser.tensors import to_tensor
 from tests import zoo
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "coverage.md"

@@ -5,10 +5,11 @@ from fuser.canonicalize.rules import IMPURE, become, rule, sole
 from fuser.constants import Array, Constant, Transposed
 from fuser.dtypes import DType
 from fuser.errors import FuserError
-from fuser.evaluation import evaluate, to_constant, to_tensor
+from fuser.evaluation import evaluate
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.shapes import infer_node
 from fuser.spelling import absorb
+from fuser.tensors import to_constant, to_tensor
 
 FOLD_LIMIT = 1 << 16  # elements: larger results of constant nodes are weights, and are left where they are
 AXIS = frozenset(
@@ -85,6 +86,10 @@ def _stated(graph: Graph, node: Node, value: Value) -> Value | None:
     return stated.output
 
 
+def _is_small(value: Value) -> bool:
+    return value.constant is not None and value.constant.size <= FOLD_LIMIT and value.constant.is_known
+
+
 @rule()
 def _fold(graph: Graph, node: Node) -> bool:
     """A node of constants becomes a constant, unless the result is large."""
@@ -92,7 +97,7 @@ def _fold(graph: Graph, node: Node) -> bool:
         return False
     if not node.inputs and node.op != "ConstantOfShape":
         return False
-    if any(value is not None and (value.constant is None or value.constant.size > FOLD_LIMIT) for value in node.inputs):
+    if not all(value is None or _is_small(value) for value in node.inputs):
         return False
     for value in node.outputs:
         if value.shape is None or not all(isinstance(dim, int) for dim in value.shape) or value.captured:

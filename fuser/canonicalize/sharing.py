@@ -20,6 +20,7 @@ def share(graph: Graph) -> int:
             value is None
             or value.constant is None
             or value.constant.size > CONTENT_LIMIT
+            or not value.constant.is_known
             or value.dtype is DType.STRING
         ):
             return id(value)

@@ -151,7 +151,7 @@ def _fallback(graph: Graph, node: Node) -> list[Inferred]:
             names[str(dim)] = dim
             named.append(dim if isinstance(dim, int) else str(dim))
         types[value.name] = onnx.helper.make_tensor_type_proto(value.dtype.onnx, named)
-        if value.constant is not None and value.constant.size <= CONTENT_LIMIT:
+        if value.constant is not None and value.constant.size <= CONTENT_LIMIT and value.constant.is_known:
             data[value.name] = onnx.numpy_helper.from_array(value.constant.numpy(), value.name)
     try:
         schema = onnx.defs.get_schema(node.op, graph.opset, node.domain)
