@@ -9,7 +9,7 @@ input is absent. Keyword-only parameters named in `CONTEXT` are facts of the cal
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Row:
     attributes: frozenset[str]
     context: frozenset[str]
     variadic: bool
+    whole: frozenset[str] = frozenset()  # inputs that may be given as Python integers
 
 
 TABLE: dict[tuple[str, str], Row] = {}  # by domain ("" is ai.onnx) and operator
@@ -46,6 +47,7 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
 
     def enter(compute: F) -> F:
         parameters = inspect.signature(compute).parameters.values()
+        whole = frozenset(p.name for p in parameters if Sequence[int] in get_args(p.annotation))
         keywords = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         row = Row(
             compute=compute,
@@ -54,6 +56,7 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
             attributes=keywords - CONTEXT,
             context=keywords & CONTEXT,
             variadic=any(p.kind is p.VAR_POSITIONAL for p in parameters),
+            whole=whole,
         )
         for name in names:
             TABLE[domain, name] = row
@@ -64,14 +67,19 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
 
 def default(op: str, domain: str, attribute: str) -> Any:
     """The value an operator takes for an attribute that is left out; None where there is none."""
-    row = TABLE.get((_plain(domain), op))
+    row = row_of(op, domain)
     parameter = inspect.signature(row.compute).parameters.get(attribute) if row is not None else None
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
+def row_of(op: str, domain: str = "") -> Row | None:
+    """The table's row for `op`, if it has one."""
+    return TABLE.get((_plain(domain), op))
+
+
 def supported(op: str, domain: str = "") -> bool:
     """Whether the table defines `op`; it may still refuse a form of it with UnsupportedOperator."""
-    return (_plain(domain), op) in TABLE
+    return row_of(op, domain) is not None
 
 
 @torch.no_grad()
@@ -100,11 +108,11 @@ def evaluate(
     Raises UnsupportedOperator for an operator, attribute or dtype outside the table, and FuserError when the inputs do
     not fit the operator.
     """
-    row = TABLE.get((_plain(domain), op))
+    row = row_of(op, domain)
     name = f"{domain}.{op}" if _plain(domain) else op
     if row is None:
         raise UnsupportedOperator(f"{name}: no such operator in the table")
-    arguments, keywords = _bind(row, name, attributes, inputs)
+    arguments, keywords = bind(row, name, attributes, inputs)
     facts = {"outputs": outputs, "opset": opset, "float_dtype": float_dtype}
     keywords |= {fact: facts[fact] for fact in row.context}
     try:
@@ -120,9 +128,11 @@ def evaluate(
     return (results + [None] * outputs)[:outputs]
 
 
-def _bind(
-    row: Row, name: str, attributes: Mapping[str, Any], inputs: Sequence[Tensor | None]
-) -> tuple[list[Any], dict[str, Any]]:
+def bind(row: Row, name: str, attributes: Mapping[str, Any], inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The positional and the keyword arguments of a node's function, less the facts of the call.
+
+    Raises UnsupportedOperator for an attribute or input the function does not take, FuserError for one it lacks.
+    """
     if row.variadic:
         if not inputs or any(x is None for x in inputs):
             raise FuserError(f"{name}: needs one or more inputs, all present")
