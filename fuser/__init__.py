@@ -15,6 +15,7 @@ from fuser.version import __version__
 
 if TYPE_CHECKING:
     from fuser.api import FusedModel, fuse
+    from fuser.loading import Model, load
     from fuser.report import Report
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FusedModel",
     "FuserError",
     "InputError",
+    "Model",
     "OutputError",
     "Report",
     "UnsupportedOperator",
@@ -29,9 +31,16 @@ __all__ = [
     "VerificationError",
     "__version__",
     "fuse",
+    "load",
 ]
 
-_LAZY = {"FusedModel": "fuser.api", "fuse": "fuser.api", "Report": "fuser.report"}
+_LAZY = {
+    "FusedModel": "fuser.api",
+    "fuse": "fuser.api",
+    "Report": "fuser.report",
+    "Model": "fuser.loading",
+    "load": "fuser.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

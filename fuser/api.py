@@ -10,7 +10,6 @@ import onnx
 
 from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
-from fuser.dtypes import DType
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
@@ -20,7 +19,7 @@ from fuser.layers import steps
 from fuser.lowering import TARGETS
 from fuser.report import Report, explanation_text
 from fuser.rewriting import rewrite
-from fuser.verification import WEIGHT_LIMIT_BYTES, Role, Verification, compare, roles
+from fuser.verification import WEIGHT_LIMIT_BYTES, Role, Verification, coarsest, compare, roles
 
 Progress = Callable[[str], None]
 
@@ -114,7 +113,7 @@ def fuse(
             )
         else:
             original = str(path) if path is not None else _bytes(model)
-            report.verification = compare(original, artifact, found, _coarsest(graph))
+            report.verification = compare(original, artifact, found, coarsest(graph))
     if not report.verification.skipped and not report.verification.passed:
         cases = ", ".join(f"{name} {error:.1e}" for name, error in report.verification.cases.items())
         tolerance = f"{report.verification.tolerance:.1e}"
@@ -218,15 +217,3 @@ def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:
 def _weight_bytes(graph: Graph) -> int:
     distinct = {id(value.constant): value.constant for value in graph.constants() if value.constant is not None}
     return sum(constant.nbytes for constant in distinct.values())
-
-
-def _coarsest(graph: Graph) -> DType:
-    """The floating type with the fewest bits that the model computes in."""
-    floats = {
-        value.dtype
-        for node in graph.nodes
-        for value in node.outputs
-        if value.dtype is not None and value.dtype.is_float
-    }
-    order = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
-    return next((dtype for dtype in order if dtype in floats), DType.FLOAT32)

@@ -386,3 +386,15 @@ def _arrays(output: Any) -> Iterator[np.ndarray]:
         yield output
     else:
         yield np.array([output], object)
+
+
+def coarsest(graph: Graph) -> DType:
+    """The floating type with the fewest bits that the model computes in."""
+    floats = {
+        value.dtype
+        for node in graph.nodes
+        for value in node.outputs
+        if value.dtype is not None and value.dtype.is_float
+    }
+    order = (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
+    return next((dtype for dtype in order if dtype in floats), DType.FLOAT32)

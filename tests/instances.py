@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import sympy
 import torch
@@ -118,7 +119,7 @@ def drawn(
         allowed[(0,) * (allowed.ndim - 1)] = False
     if as_condition or kind == "bool":
         return allowed
-    masked = np.finfo(dtype.numpy).min if kind == "lowest" else -np.inf
+    masked = ml_dtypes.finfo(dtype.numpy).min if kind == "lowest" else -np.inf
     return np.where(allowed, 0, masked).astype(dtype.numpy)
 
 
