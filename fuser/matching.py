@@ -499,10 +499,11 @@ def convex(region: list[Node], outputs: tuple[Value, ...]) -> bool:
 
 
 def anchors(source: Source, counts: Mapping[tuple[str, str], int]) -> list[Apply]:
-    """The nodes every match of a source has, one of each operator, the rarest first."""
+    """The nodes every match of a source replaces, one of each operator, the rarest first: what is kept may serve many."""
     found: dict[tuple[str, str], Apply] = {}
     for node in sorted(
-        source.required, key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node))
+        (node for node in source.required if not node.kept),
+        key=lambda node: (counts.get((node.domain, node.op), 0), source.nodes.index(node)),
     ):
         found.setdefault((node.domain, node.op), node)
     return list(found.values())

@@ -23,7 +23,7 @@ from fuser.dtypes import DType
 from fuser.errors import FuserError
 from fuser.evaluation import evaluate
 from fuser.fused import FusedOp
-from fuser.graph import FUSER, Graph, Node, Origin, Value
+from fuser.graph import FUSER, Graph, Node, Origin, Value, mentioned
 from fuser.shapes import infer_node
 from fuser.tensors import to_tensor
 
@@ -97,9 +97,10 @@ class Subject:
                     found[unknown[0]] = answer
         if any(dims.substitute(dim, found) != size for dim, size in wanted):
             return None
-        mentioned = [dim for value in self.inputs for dim in value.shape or ()]
-        mentioned += [dim for node in self.nodes for value in node.outputs for dim in value.shape or ()]
-        for symbol in dims.symbols(mentioned) - found.keys():
+        named = [dim for value in self.inputs for dim in value.shape or ()]
+        named += [dim for node in self.nodes for value in node.outputs for dim in value.shape or ()]
+        named += [symbol for node in self.nodes for symbol in mentioned(node)]
+        for symbol in dims.symbols(named) - found.keys():
             if self._source(symbol) is None:
                 found[symbol] = otherwise
         return found
@@ -146,8 +147,7 @@ class Refusal:
     """A positional value that looks like a closed form, and the instance on which it is not."""
 
     operator: str
-    value: Value
-    total: int  # nodes of its subgraph
+    subject: Subject
     line: str
     expected: str
     found: str
@@ -181,7 +181,7 @@ class Recognition:
 
     def refuse(self, operator: FusedOp, subject: Subject, expected: str, found: str) -> None:
         line = operator.recognizer_line
-        self.refusals.append(Refusal(operator.name, subject.value, len(subject.nodes), line, expected, found))
+        self.refusals.append(Refusal(operator.name, subject, line, expected, found))
 
 
 def recognize(graph: Graph, operators_: Sequence[FusedOp]) -> list[Refusal]:
@@ -227,10 +227,18 @@ def subjects(graph: Graph) -> Iterator[Subject]:
         ):
             continue
         if value.is_output or any(id(out) not in positional for user in value.consumers for out in user.outputs):
-            nodes = _ancestors(value, set())
-            if len(nodes) <= NODE_LIMIT:
-                read = dict.fromkeys(v for node in nodes for v in node.inputs if v is not None)
-                yield Subject(graph, value, nodes, [v for v in read if v.producer is None and v.constant is None])
+            subject = subject_of(graph, value)
+            if subject is not None:
+                yield subject
+
+
+def subject_of(graph: Graph, value: Value) -> Subject | None:
+    """A value with the nodes it is computed by; None where nothing computes it, or what cannot be evaluated, or too much."""
+    nodes = _ancestors(value, set())
+    if not 0 < len(nodes) <= NODE_LIMIT or not all(map(_is_plain, nodes)):
+        return None
+    read = dict.fromkeys(v for node in nodes for v in node.inputs if v is not None)
+    return Subject(graph, value, nodes, [v for v in read if v.producer is None and v.constant is None])
 
 
 def _is_plain(node: Node) -> bool:

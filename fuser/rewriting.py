@@ -119,7 +119,7 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
             kind = operator_of_node.kind_of(node)
             outcome.fused[kind] = outcome.fused.get(kind, 0) + 1
             outcome.constructs.append(Fused(kind, node.op, node.origin.sources, lines.get(node, "")))
-    outcome.misses = _near_misses(graph, _nearest(graph, operators) + failures) + _refused(refusals)
+    outcome.misses = _near_misses(graph, _nearest(graph, operators) + failures) + _refused(graph, refusals)
     outcome.checked, outcome.reused = checker.checked, checker.reused
     return outcome
 
@@ -128,17 +128,21 @@ MOVES = frozenset(
     {"Add", "And", "Cast", "Expand", "Max", "Min", "Mul", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where"}
 )
 
+LOOKUPS = frozenset({"Concat", "Cos", "Gather", "Sin", "rotary_table"})
 
-def _refused(refusals: Sequence[Refusal]) -> list[Miss]:
-    """What was looked at closely and is no closed form, where it masks the scores of an attention."""
+
+def _refused(graph: Graph, refusals: Sequence[Refusal]) -> list[Miss]:
+    """What was looked at closely and is no closed form, where it masks an attention or turns its queries and keys."""
     misses = []
     for refusal in refusals:
-        if not _masks(refusal.value) or refusal.value.producer is None:
+        nodes, value = refusal.subject.nodes, refusal.subject.value
+        left = [output for node in nodes if node in graph.nodes for output in node.outputs]
+        if not (_masks(value) or any(map(_turns, left))):
             continue
-        origin = refusal.value.producer.origin
-        at = origin.sources or (refusal.value.name,)
-        place = Place(at, at, origin.module, refusal.expected, refusal.found)
-        misses.append(Miss(refusal.operator, refusal.total, refusal.total, refusal.line, CHECK, [place]))
+        maker = nodes[-1]
+        at = maker.origin.sources or (value.name,)
+        place = Place(at, at, maker.origin.module, refusal.expected, refusal.found)
+        misses.append(Miss(refusal.operator, len(nodes), len(nodes), refusal.line, CHECK, [place]))
     return misses
 
 
@@ -153,6 +157,19 @@ def _masks(value: Value) -> bool:
         if node not in seen and node.op in MOVES and not node.domain:
             seen.add(node)
             pending.extend((user, output) for output in node.outputs for user in output.consumers)
+    return False
+
+
+def _turns(value: Value) -> bool:
+    """Whether a value is, or indexes, a table of a rotary embedding."""
+    pending, seen = [value], {id(value)}
+    while pending:
+        for user, index in pending.pop().uses:
+            if user.op in ("rotary", "rotary_cache_write", "RotaryEmbedding") and index > 0:
+                return True
+            if user.op in LOOKUPS or (user.op in MOVES and not user.domain):
+                pending += [output for output in user.outputs if id(output) not in seen]
+                seen |= {id(output) for output in user.outputs}
     return False
 
 

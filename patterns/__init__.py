@@ -10,6 +10,7 @@ from fuser.patterns.gelu import gelu
 from fuser.patterns.gelu_tanh import gelu_tanh
 from fuser.patterns.layer_norm import layer_norm
 from fuser.patterns.packed_linear import packed_linear
+from fuser.patterns.position_ids import position_ids
 from fuser.patterns.rms_norm import rms_norm
 from fuser.patterns.rotary import rotary
 from fuser.patterns.rotary_cache_write import rotary_cache_write
@@ -23,6 +24,7 @@ from fuser.patterns.skip_rms_norm import skip_rms_norm
 ALL: tuple[FusedOp, ...] = (
     attention_mask,
     rotary_table,
+    position_ids,
     layer_norm,
     rms_norm,
     skip_layer_norm,

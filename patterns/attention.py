@@ -149,6 +149,12 @@ for _source in (additive, filled, unmasked):
     _declare(_source)
 
 
+def _attends(allowed: Any) -> Any:
+    """Whether a row of a mask attends to anything."""
+    flags = keep(op.Cast(allowed, to=DType.FLOAT32.onnx))
+    return keep(op.Cast(keep(op.ReduceMax(flags, axes=(-1,), keepdims=1)), to=DType.BOOL.onnx))
+
+
 @attention.source
 def standard(q: Any, k: Any, v: Any, mask: Any) -> Any:
     """The operator alone, or with what the lowering below puts around it."""
@@ -157,9 +163,8 @@ def standard(q: Any, k: Any, v: Any, mask: Any) -> Any:
     y = op.Attention(
         q, _repeated(k), _repeated(v), given, is_causal=0, scale=capture("scale"), softcap=capture("softcap")
     )
-    flags = keep(op.Cast(mask, to=DType.FLOAT32.onnx))
     attends = either(
-        keep(op.Cast(keep(op.ReduceMax(flags, axes=(-1,), keepdims=1)), to=DType.BOOL.onnx)),
+        _attends(mask),
         keep(op.Not(keep(op.IsInf(keep(op.ReduceMax(mask, axes=(-1,), keepdims=1)))))),
     )
     return either(op.Where(attends, y, 0), y)
@@ -181,6 +186,27 @@ def _(m: Match) -> dict[str, Any]:
         "guarded": not is_float or any(node.is_a("Where") for node in m.region),
         "merged": False,
     }
+
+
+@attention.source
+def guarded(q: Any, k: Any, v: Any, allowed: Any) -> Any:
+    """Rows that may attend to nothing, made zeros afterwards."""
+    captured = {name: capture(name) for name in ("heads", "scale", "softcap", "merged")}
+    y = attention(q, k, v, keep(op.Where(allowed, 0, number("lowest"))), **captured, guarded=False)
+    attends = _attends(allowed)
+    return either(op.Where(keep(op.Not(attends)), 0, y), op.Where(attends, y, 0))
+
+
+@guarded.attributes
+def _(m: Match) -> dict[str, Any]:
+    applies(not m.attributes["merged"])
+    require(m.scalar("lowest") < -1e4, "attention: masked scores must be very low", m.lowest)
+    return {**m.attributes, "guarded": True}
+
+
+@guarded.inputs
+def _(m: Match) -> Inputs:
+    return {"mask": m.allowed}
 
 
 def least(mask: Value) -> float:

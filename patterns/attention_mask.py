@@ -4,7 +4,7 @@ allowed[b, 0, i, j] = -left <= j - (P + i) <= right and padding[b, j], with P = 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -17,9 +17,9 @@ from fuser.content import content
 from fuser.dims import Shape
 from fuser.dtypes import DType
 from fuser.fused import fused_op
-from fuser.graph import FUSER, Value
+from fuser.graph import FUSER, Node, Value
 from fuser.pattern import require
-from fuser.recognition import Disagrees, Recognition, Subject
+from fuser.recognition import Disagrees, Recognition, Subject, Symbols
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
 FAR = 1 << 17  # the longest window that is looked for
@@ -61,6 +61,7 @@ def _(inputs: Sequence[Value | None], attributes: dict[str, Any]) -> list[DType]
 
 @attention_mask.recognizes
 def _(recognition: Recognition) -> None:
+    masks: dict[Node, Value | None] = {}  # what was recognised, each with its padding
     for subject in recognition.subjects:
         value = subject.value
         if not _has_the_form(value) or any((given.rank or 0) > 2 for given in subject.inputs):
@@ -84,10 +85,53 @@ def _(recognition: Recognition) -> None:
         shape = recognition.emit("Dims", subject, [], {"dims": wanted}, domain=FUSER)
         windows = {"left_window": left, "right_window": right}
         new = recognition.emit(attention_mask.name, subject, [shape, padding], windows, domain=FUSER)
+        assert new.producer is not None
+        masks[new.producer] = padding
         if value.dtype is not None and value.dtype is not DType.BOOL:
             numbers = [recognition.constant(number, value.dtype) for number in (0.0, lowest)]
             new = recognition.emit("Where", subject, [new, *numbers])
         recognition.graph.replace(value, new)
+    for subject in recognition.subjects:
+        if _tells_of_rows(subject.value):
+            _guard(recognition, subject, masks)
+
+
+def _tells_of_rows(value: Value) -> bool:
+    """Whether a value may say of each row of scores [B, H, S, T] whether it attends to anything."""
+    shape = value.shape or ()
+    return value.dtype is DType.BOOL and len(shape) == 4 and shape[1] == shape[3] == 1 and shape != (1, 1, 1, 1)
+
+
+def _guard(recognition: Recognition, subject: Subject, masks: Mapping[Node, Value | None]) -> None:
+    """A value that says of each row of a recognised mask whether it attends to anything is written as patterns know it."""
+    for mask, padding in masks.items():
+        allowed = mask.output
+        inputs = [] if padding is None else [padding]
+        if subject.inputs != inputs or allowed.shape is None or allowed.shape[:3] != (subject.value.shape or ())[:3]:
+            continue
+        like = replace(subject, value=allowed)  # the mask's sizes are those of the instances
+        found = set()
+        for instance in _instances(like):
+            sizes = _sizes(like, instance)
+            wanted = attention_mask.reference(
+                torch.tensor(dims.concrete(allowed.shape, sizes or {})),
+                instance.tokens() if inputs else None,
+                **mask.attributes,
+            ).any(-1, keepdim=True)
+            try:
+                held = subject.evaluate(sizes or {}, _given(subject, instance, sizes or {}))
+            except Disagrees:
+                break
+            found.add(True if torch.equal(held, wanted) else False if torch.equal(held, ~wanted) else None)
+        else:
+            if len(found) != 1 or None in found:
+                continue
+            flags = recognition.emit("Cast", subject, [allowed], {"to": DType.FLOAT32.onnx})
+            most = recognition.emit("ReduceMax", subject, [flags], {"axes": (-1,), "keepdims": 1})
+            attends = recognition.emit("Cast", subject, [most], {"to": DType.BOOL.onnx})
+            new = attends if True in found else recognition.emit("Not", subject, [attends])
+            recognition.graph.replace(subject.value, new)
+            return
 
 
 def _has_the_form(value: Value) -> bool:
@@ -161,6 +205,15 @@ def _sizes(subject: Subject, instance: _Instance, otherwise: int = 0) -> dict[An
     return subject.sizes(wanted, otherwise)
 
 
+def _given(subject: Subject, instance: _Instance, sizes: Symbols) -> dict[Value, Tensor]:
+    """What a subject's inputs hold on an instance: the padding."""
+    given = {}
+    for value in subject.inputs:
+        dtype = torch.float64 if value.dtype is None or value.dtype.is_float else getattr(torch, str(value.dtype))
+        given[value] = instance.tokens().to(dtype)[: dims.concrete((value.shape or ())[:1], sizes)[0]]
+    return given
+
+
 def _held(subject: Subject, instance: _Instance) -> tuple[Tensor, float] | None:
     """(what is allowed, the number that masks) on an instance; None where that is not what the value says."""
     found: Tensor | None = None
@@ -168,12 +221,8 @@ def _held(subject: Subject, instance: _Instance) -> tuple[Tensor, float] | None:
     for otherwise in (instance.T, instance.T - instance.S):
         sizes = _sizes(subject, instance, otherwise)
         assert sizes is not None
-        given = {}
-        for value in subject.inputs:
-            dtype = torch.float64 if value.dtype is None or value.dtype.is_float else getattr(torch, str(value.dtype))
-            given[value] = instance.tokens().to(dtype)[: dims.concrete((value.shape or ())[:1], sizes)[0]]
         try:
-            found = subject.evaluate(sizes, given)
+            found = subject.evaluate(sizes, _given(subject, instance, sizes))
             break
         except Disagrees:
             if otherwise != instance.T:

@@ -56,14 +56,24 @@ def _(recognition: Recognition) -> None:
     tables = [table for subject in recognition.subjects if (table := _table(subject)) is not None]
     computed = [table for table in tables if not table.is_stored]
     paired: set[int] = set()
+    reasons: dict[int, str] = {}
     for sine, cosine in product(computed, computed):
         if sine.start is cosine.start and sine.layout == cosine.layout and not {id(sine), id(cosine)} & paired:
-            closed = _closed_form(cosine, sine)
+            try:
+                closed = _closed_form(cosine, sine)
+            except Disagrees as reason:
+                reasons[id(cosine)] = str(reason)
+                continue
             if closed is not None:
                 _replace(recognition, cosine, sine, *closed)
                 paired |= {id(sine), id(cosine)}
     for table in tables:
         if id(table) not in paired:
+            if id(table) in reasons:
+                expected = (
+                    "cos[p, r], sin[p, r] = scale * cos(p f[r]), scale * sin(p f[r]), f the same for all positions"
+                )
+                recognition.refuse(rotary_table, table.part, expected, reasons[id(table)])
             _lay_out(recognition, table)
 
 
@@ -134,21 +144,33 @@ def _rows(part: Subject, start: Value, positions: Tensor) -> Tensor:
 
 
 def _closed_form(cosine: _Table, sine: _Table) -> tuple[Tensor, float] | None:
-    """(frequencies [R], scale) where two tables hold cosines and sines of the same angles."""
+    """(frequencies [R], scale) where two tables hold cosines and sines of the same angles; None where they are no such pair.
+
+    Raises:
+        Disagrees: they do at the first positions, and not at others.
+    """
     try:
         (cos_0, cos_1), (sin_0, sin_1) = (table.once(torch.tensor([0, 1])) for table in (cosine, sine))
         scale = float(cos_0[0])
         if cos_0.shape != sin_0.shape or scale <= 0 or sin_0.any() or not (cos_0 == scale).all():
             return None
+        if not (torch.hypot(cos_1, sin_1) / scale - 1 < EXACT).all():
+            return None
         frequencies = torch.atan2(sin_1, cos_1).float()
         positions = torch.tensor(POSITIONS)
-        for table, wanted in zip(
-            (cosine, sine), rotary_table.reference(positions, frequencies.double(), scale=scale), strict=True
-        ):
-            if not ((table.once(positions) - wanted).abs() <= EXACT * scale).all():
-                return None
+        held = [table.once(positions) for table in (cosine, sine)]
     except Disagrees:
         return None
+    wanted = rotary_table.reference(positions, frequencies.double(), scale=scale)
+    for name, found, expected in zip(("cos", "sin"), held, wanted, strict=True):
+        wrong = ((found - expected).abs() > EXACT * scale).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            together = f"positions of one sequence {', '.join(map(str, POSITIONS))}"
+            place, alone = f"{name}[{POSITIONS[row]}, {column}]", f"the frequency {frequencies[column]:.6f} of 0 and 1"
+            raise Disagrees(
+                f"{together}: {place} is {found[row, column]:.6f}, and {expected[row, column]:.6f} with {alone}"
+            )
     return frequencies, scale
 
 

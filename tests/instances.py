@@ -203,8 +203,10 @@ def _fits(source: Source, example: dict[str, Any]) -> bool:
         and example["interleaved"] != ("Slice" in names)
     ):
         return False
-    if source.operator.name == "attention" and example["merged"] != ("attention" in names):
+    if source.operator.name == "attention" and example["merged"] != ({"attention", "Reshape"} <= names):
         return False
+    if source.operator.name == "attention" and {"attention", "Not"} <= names:
+        return example["guarded"] and kind_of("mask", example) == "bool"
     if source.operator.name == "rotary" and len(example["C"]) == 3 and "RotaryEmbedding" not in names:
         return False  # to a product these tables would be [heads, tokens, R]
     mandatory = set().union(*(_variables(p, optional=False) for p in source.outputs))

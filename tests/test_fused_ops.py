@@ -70,7 +70,8 @@ def _lowered(
         else:
             array = instances.drawn(random, dims.concrete(shape, instances.sizes(example)), kind, dtype)
         if kind == "sizes" or instances.is_weight(argument, example):
-            value = graph.constant(Array.of(array, DType.INT64 if kind == "sizes" else dtype), argument.name)
+            stored = DType.INT64 if kind in (*instances.WHOLE, "sizes") else dtype
+            value = graph.constant(Array.of(array, stored), argument.name)
         else:
             as_type = {"bool": DType.BOOL} | dict.fromkeys(instances.WHOLE, DType.INT64)
             value = Value(graph.fresh_name(argument.name), as_type.get(kind, dtype), shape)
@@ -92,7 +93,8 @@ def _lowered(
     if target == "functions":
         onnx.checker.check_model(model)
     for actual, reference in zip(text_graphs.run(model, feeds), expected, strict=True):
-        assert actual.dtype == (dtype.numpy if node.output.dtype is not DType.BOOL else np.bool_)
+        assert node.output.dtype is not None
+        assert actual.dtype == (dtype if node.output.dtype.is_float else node.output.dtype).numpy
         assert _error(actual, reference.numpy()) <= tolerance
 
 
