@@ -1,15 +1,11 @@
 """The Python API: `fuser.fuse(model)` and the FusedModel it returns."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from time import perf_counter
 
 import onnx
 
-from fuser import explanation, patterns
-from fuser.canonicalize import canonicalize
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
@@ -17,11 +13,9 @@ from fuser.graph import Graph
 from fuser.importer import external_files, from_proto, read_model
 from fuser.layers import steps
 from fuser.lowering import TARGETS
+from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
 from fuser.report import Report, explanation_text
-from fuser.rewriting import rewrite
 from fuser.verification import WEIGHT_LIMIT_BYTES, Role, Verification, coarsest, compare, roles
-
-Progress = Callable[[str], None]
 
 
 class FusedModel:
@@ -94,7 +88,7 @@ def fuse(
     path = _path(model)
     report, note = _report(path, target), progress or (lambda stage: None)
     graph, sources, (found, unfit) = _rewritten(model, dims, verify, report, note)
-    with _stage(report, "export", note):
+    with stage(report, "export", note):
         artifact = export(graph, target, report.fused)
     report.nodes_after = len(artifact.model.graph.node)
     report.weights_bytes_after = artifact.weight_bytes
@@ -102,7 +96,7 @@ def fuse(
     if not verify:
         report.verification = Verification(skipped="--no-verify")
         return fused
-    with _stage(report, "verify", note):
+    with stage(report, "verify", note):
         largest = max(report.weights_bytes_before, report.weights_bytes_after)
         if unfit:
             report.verification = Verification(skipped=unfit)
@@ -162,7 +156,7 @@ def _rewritten(
 ) -> tuple[Graph, Collection[Path], tuple[list[Role], str]]:
     """The fused graph, the files it was read from, and its inputs' roles or the reason why inputs cannot be made."""
     path = _path(model)
-    with _stage(report, "read", note):
+    with stage(report, "read", note):
         if isinstance(model, onnx.ModelProto):
             proto = onnx.ModelProto()
             proto.CopyFrom(model)
@@ -171,22 +165,11 @@ def _rewritten(
         report.nodes_before = len(proto.graph.node)
         sources = {path, *external_files(proto, path.parent)} if path else set()
         graph = from_proto(proto, path.parent if path else Path(), dims, path)
-        report.weights_bytes_before = _weight_bytes(graph)
+        report.weights_bytes_before = weight_bytes(graph)
         before = steps(graph)
-    with _stage(report, "canonicalize", note):
-        canonicalize(graph)
-        inputs = _roles(graph) if verify and compared else ([], "")
-    start = perf_counter()
-    note("fuse")
-    outcome = rewrite(graph, patterns.ALL, verify=verify)
-    report.fused, report.misses = outcome.fused, outcome.misses
-    report.checked, report.reused = outcome.checked, outcome.reused
-    report.explanation = explanation.explain(report.model, report.nodes_before, before, outcome)
-    report.stages_s["recognize"] = outcome.recognize_s
-    report.stages_s["match"], report.stages_s["check"] = outcome.match_s, outcome.check_s
-    report.stages_s["rewrite"] = max(
-        0.0, perf_counter() - start - outcome.recognize_s - outcome.match_s - outcome.check_s
-    )
+    canonicalized(graph, report, note)
+    inputs = _roles(graph) if verify and compared else ([], "")
+    rewritten(graph, before, report, note, verify=verify)
     return graph, sources, inputs
 
 
@@ -198,22 +181,7 @@ def _roles(graph: Graph) -> tuple[list[Role], str]:
         return [], str(error)
 
 
-@contextmanager
-def _stage(report: Report, name: str, progress: Progress) -> Iterator[None]:
-    progress(name)
-    start = perf_counter()
-    try:
-        yield
-    finally:
-        report.stages_s[name] = perf_counter() - start
-
-
 def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:
     assert isinstance(model, onnx.ModelProto)
     data: bytes = model.SerializeToString()
     return data
-
-
-def _weight_bytes(graph: Graph) -> int:
-    distinct = {id(value.constant): value.constant for value in graph.constants() if value.constant is not None}
-    return sum(constant.nbytes for constant in distinct.values())

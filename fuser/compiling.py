@@ -1,0 +1,147 @@
+"""`fuser.compile(module)`: a module that runs through its fused graph, and is otherwise the module it was made of."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fuser.api import check_output
+from fuser.compilation import BACKENDS, Compilation, Options
+from fuser.errors import UsageError
+from fuser.exporter import export
+from fuser.graph import Graph
+from fuser.pipeline import Progress
+from fuser.pretrained import Pretrained, is_pretrained
+from fuser.report import Report, explanation_text
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def compile(
+    module: Module,
+    example_inputs: Any = None,
+    *,
+    dynamic: bool | Mapping[str, Any] | Sequence[Any] = True,
+    backend: str = "auto",
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Module:
+    """A module with the same signature, parameters, inputs and outputs as `module`, run through its fused graph.
+
+    It is an instance of the module's own class and shares its parameters; `.graph`, `.report`, `.explain()` and
+    `.save(path)` are added. It is for inference: nothing it gives requires a gradient, dropout is off. Without example inputs
+    it is compiled when it is first called. Inputs of another form (other dtypes, ranks, keywords) are compiled anew.
+
+    Args:
+        example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor.
+        dynamic: whether sizes may differ from the example's (where the model allows it), or `dynamic_shapes` as
+            `torch.export.export` takes them. A size of 0 or 1 in the example is fixed.
+        backend: `torch`: fused nodes by torch's kernels; `reference`: by their reference functions; `auto`: the fastest.
+        verify: prove each rewrite numerically, and compare the result with the module on the example inputs.
+        progress: called with the name of each stage as it begins.
+
+    Raises:
+        UsageError: an unknown backend, or no module.
+        InputError: the module cannot be captured: control flow that depends on data, or inputs that do not fit it.
+        UnsupportedOperator: it has an operator that fuser does not know; the text names operator, module and line.
+        VerificationError: the fused graph and the module disagree.
+    """
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"fuser.compile takes an nn.Module, got {type(module).__name__}; for a file there is fuser.load"
+        )
+    if backend not in ("auto", *BACKENDS):
+        raise UsageError(f"there is no backend '{backend}'; backends are auto, {', '.join(BACKENDS)}")
+    options = Options(dynamic, backend, verify, progress or (lambda stage: None))
+    twin = _twin(module)
+    compilation: Compilation
+    if example_inputs is None and is_pretrained(module):
+        compilation = Pretrained(module, options)
+        _ = compilation.first
+    else:
+        compilation = Compilation(module, options)
+    twin.__dict__["_compilation"] = compilation
+    if example_inputs is not None:
+        compilation.variant(*_arguments(example_inputs))
+    return twin
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise UsageError(
+        "example_inputs must be a tuple of arguments, a mapping of keyword arguments or a tensor, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+def _twin(module: Module) -> Module:
+    """An instance of a subclass of the module's class that shares all it holds."""
+    cls = type(module)
+
+    @functools.wraps(cls.forward)
+    def forward(self: Compiled, *args: Any, **kwargs: Any) -> Any:
+        return self._compilation.run(args, kwargs)
+
+    names = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    kind = type(cls.__name__, (Compiled, cls), names)
+    twin: Module = object.__new__(kind)
+    # Of its own: what is registered, so that moving one leaves the other's registers alone.
+    twin.__dict__.update({k: dict(v) if type(v) is dict else v for k, v in module.__dict__.items()})
+    twin.__dict__["training"] = False
+    return twin
+
+
+class Compiled(nn.Module):
+    """What a compiled module has besides what its class gives it."""
+
+    _compilation: "Compilation"
+
+    @property
+    def graph(self) -> Graph:
+        """The fused graph of the first form that was compiled."""
+        return self._compilation.first.graph
+
+    @property
+    def report(self) -> Report:
+        """What was fused, what was not and why, and how the result was verified."""
+        return self._compilation.first.report
+
+    def explain(self, *, everything: bool = False) -> str:
+        """By layer what was fused, and why the rest was not, the likeliest reasons first."""
+        explanation = self.report.explanation
+        assert explanation is not None
+        return explanation_text(explanation, everything=everything)
+
+    def save(self, path: str | os.PathLike[str], *, target: str = "ort") -> None:
+        """Writes the fused graph as an ONNX file, whole or not at all.
+
+        Raises:
+            UsageError: `path` cannot be an output.
+            OutputError: it cannot be written.
+        """
+        check_output(path, ())
+        first = self._compilation.first
+        export(first.graph.clone(), target, first.report.fused).write(Path(path))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Compiled":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._compilation.forget()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().load_state_dict(*args, **kwargs)
+        self._compilation.forget()
+        return found
+
+    def train(self, mode: bool = True) -> "Compiled":
+        if mode:
+            raise UsageError("a compiled module is for inference; train the module it was made of")
+        return self

@@ -1,0 +1,91 @@
+"""torch.export, with one typed error for each thing that goes wrong."""
+
+import inspect
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fuser.errors import InputError
+
+TORCH = str(Path(torch.__file__).parent)
+
+
+def export_module(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any = True
+) -> ExportedProgram:
+    """The program of a module, in the state that `eval()` gives, on example arguments.
+
+    Args:
+        dynamic: True: every size may differ from the example's where the module allows it; False: none; or what
+            `torch.export.export` takes as `dynamic_shapes`.
+
+    Raises:
+        InputError: the arguments do not fit the module, or its control flow depends on what tensors hold. The text
+            names the place in the module's own source.
+    """
+    shapes = dynamic
+    if dynamic is True:
+        shapes = _every_size(module, args, kwargs)
+    elif dynamic is False:
+        shapes = None
+    try:
+        with evaluating(module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch raises some dozen types, and a module whatever it likes
+        raise InputError(_explained(module, error)) from None
+
+
+def _every_size(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+
+    def sizes(leaf: Any) -> Any:
+        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+    return {name: pytree.tree_map(sizes, given) for name, given in bound.arguments.items()}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in the state that `eval()` gives, and afterwards in the one it was in."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _explained(module: nn.Module, error: Exception) -> str:
+    """What went wrong in one or two lines, and where in the module's source."""
+    name = type(module).__name__
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if "data-dependent" in text or "DataDependent" in kind or "Dynamic control flow" in text:
+        found = re.search(r"(?:evaluate|guard on data-dependent) expression\s*([^(]{1,80})", text)
+        text = "its control flow depends on what a tensor holds" + (f" ({found.group(1).strip()})" if found else "")
+    else:
+        text = text[:200] + ("..." if len(text) > 200 else "")
+    place = _place(error)
+    return f"{name} cannot be captured: {text or kind}" + (f" (at {place})" if place else "")
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of code that is neither torch's nor ours."""
+    ours = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((TORCH, ours, "<"))]
+    calls = [frame for frame in own if "/fuser/" not in frame.filename]
+    return f"{calls[-1].filename}:{calls[-1].lineno}" if calls else ""

@@ -1,0 +1,111 @@
+"""Matrix products, linears, convolutions and norms."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fuser.constants import Transposed
+from fuser.errors import UnsupportedOperator
+from fuser.fx.table import At, Number, aten, rank
+from fuser.graph import Value
+from fuser.tensors import Held
+
+
+@aten("linear.default")
+def linear(at: At, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    """A weight [out, in] is a constant seen transposed; it is not copied."""
+    if rank(weight) == 1:
+        product = at.op("MatMul", x, weight)
+    elif isinstance(weight.constant, Held):
+        product = at.op("MatMul", x, at.held(Transposed(weight.constant), weight.name))
+    else:
+        product = at.op("MatMul", x, at.op("Transpose", weight, perm=(1, 0)))
+    return product if bias is None else at.op("Add", product, bias)
+
+
+@aten("matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default")
+def matmul(at: At, a: Value, b: Value) -> Value:
+    return at.op("MatMul", a, b)
+
+
+@aten("addmm.default", "baddbmm.default")
+def addmm(at: At, bias: Value, a: Value, b: Value, beta: Number = 1, alpha: Number = 1) -> Value:
+    product = at.op("MatMul", a, b)
+    if alpha != 1:
+        product = at.op("Mul", product, at.scalar(alpha, at.dtype))
+    if beta == 0:
+        return product
+    return at.op("Add", product, bias if beta == 1 else at.op("Mul", bias, at.scalar(beta, at.dtype)))
+
+
+@aten("einsum.default")
+def einsum(at: At, equation: str, tensors: Sequence[Value], path: Any = None) -> Value:
+    return at.op("Einsum", *tensors, equation=equation)
+
+
+@aten("conv1d.default", "conv2d.default", "conv3d.default")
+def convolution(
+    at: At, x: Value, weight: Value, bias: Value | None = None, stride: Sequence[int] = (), padding: Sequence[int] = (),
+    dilation: Sequence[int] = (), groups: int = 1,
+) -> Value:  # fmt: skip
+    spatial = rank(weight) - 2
+    if rank(x) != rank(weight):
+        raise UnsupportedOperator("a convolution without a batch")
+
+    def every(given: Sequence[int], default: int) -> tuple[int, ...]:
+        numbers = tuple(given) or (default,)
+        return numbers * spatial if len(numbers) == 1 else numbers
+
+    return at.op(
+        "Conv", x, weight, bias, strides=every(stride, 1), pads=every(padding, 0) * 2, dilations=every(dilation, 1),
+        group=groups,
+    )  # fmt: skip
+
+
+@aten("rms_norm.default")
+def rms_norm(
+    at: At, x: Value, normalized_shape: Sequence[int], weight: Value | None = None, eps: float | None = None
+) -> Value:
+    assert x.dtype is not None
+    gain = weight if weight is not None else at.filled(1, x.dtype, tuple(normalized_shape))
+    epsilon = torch.finfo(x.dtype.torch).eps if eps is None else float(eps)
+    y = at.op("RMSNormalization", x, gain, axis=-len(normalized_shape), epsilon=epsilon)
+    return y if gain.dtype is at.dtype else at.op("Cast", y, to=at.dtype.onnx)
+
+
+@aten("layer_norm.default")
+def layer_norm(
+    at: At, x: Value, normalized_shape: Sequence[int], weight: Value | None = None, bias: Value | None = None,
+    eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Value:  # fmt: skip
+    return _layer_norm(at, x, normalized_shape, weight, bias, eps, 1)[0]
+
+
+@aten("native_layer_norm.default")
+def native_layer_norm(
+    at: At, x: Value, normalized_shape: Sequence[int], weight: Value | None, bias: Value | None, eps: float
+) -> Sequence[Value]:
+    return _layer_norm(at, x, normalized_shape, weight, bias, eps, 3)
+
+
+def _layer_norm(
+    at: At, x: Value, shape: Sequence[int], weight: Value | None, bias: Value | None, eps: float, outputs: int
+) -> list[Value]:
+    assert x.dtype is not None
+    gain = weight if weight is not None else at.filled(1, x.dtype, tuple(shape))
+    return at.ops("LayerNormalization", outputs, x, gain, bias, axis=-len(shape), epsilon=float(eps))
+
+
+@aten("group_norm.default")
+def group_norm(
+    at: At, x: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Value:  # fmt: skip
+    assert x.shape is not None and x.dtype is not None
+    channels = x.shape[1]
+    if not isinstance(channels, int):
+        raise UnsupportedOperator("group_norm over channels whose number is not fixed")
+    gain = weight if weight is not None else at.filled(1, x.dtype, (channels,))
+    shift = bias if bias is not None else at.filled(0, x.dtype, (channels,))
+    return at.op("GroupNormalization", x, gain, shift, num_groups=num_groups, epsilon=float(eps))

@@ -1,0 +1,50 @@
+"""From an imported graph to a fused one, each stage timed and reported: what all front doors share."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from fuser import explanation, patterns
+from fuser.canonicalize import canonicalize
+from fuser.graph import Graph
+from fuser.layers import Step
+from fuser.report import Report
+from fuser.rewriting import rewrite
+
+Progress = Callable[[str], None]
+
+
+@contextmanager
+def stage(report: Report, name: str, note: Progress) -> Iterator[None]:
+    """Times what is done within under a stage's name."""
+    note(name)
+    start = perf_counter()
+    try:
+        yield
+    finally:
+        report.stages_s[name] = report.stages_s.get(name, 0.0) + perf_counter() - start
+
+
+def canonicalized(graph: Graph, report: Report, note: Progress) -> None:
+    """Brings a graph as an exporter wrote it into canonical form."""
+    with stage(report, "canonicalize", note):
+        canonicalize(graph)
+
+
+def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, *, verify: bool) -> None:
+    """Fuses a canonical graph; `before` are the steps of the graph as it came, for the explanation."""
+    start = perf_counter()
+    note("fuse")
+    outcome = rewrite(graph, patterns.ALL, verify=verify)
+    report.fused, report.misses = outcome.fused, outcome.misses
+    report.checked, report.reused = outcome.checked, outcome.reused
+    report.explanation = explanation.explain(report.model, report.nodes_before, before, outcome)
+    parts = {"recognize": outcome.recognize_s, "match": outcome.match_s, "check": outcome.check_s}
+    report.stages_s |= parts
+    report.stages_s["rewrite"] = max(0.0, perf_counter() - start - sum(parts.values()))
+
+
+def weight_bytes(graph: Graph) -> int:
+    """Bytes of all distinct constants."""
+    distinct = {id(value.constant): value.constant for value in graph.constants() if value.constant is not None}
+    return sum(constant.nbytes for constant in distinct.values())

@@ -1,0 +1,278 @@
+"""Models of Hugging Face transformers, compiled without example inputs: decoders with and without a cache, encoders.
+
+A decoder becomes one graph of `(input_ids [B, S], attention_mask [B, T], position_ids [B, S], past keys and values
+[B, G, P, Dh]) -> (logits [B, S, V], present keys and values [B, G, T, Dh])`, which serves every call: a prompt has no past.
+"""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from fuser.compilation import Compilation, Linked, compared, linked
+from fuser.errors import InputError, UnsupportedOperator
+from fuser.fx import evaluating, export_module
+from fuser.pipeline import stage
+from fuser.report import Report
+from fuser.runtime.executor import Executor
+
+# (B, S, P, padding on the left of the first sequence)
+STEPS = {"decode": (1, 1, 9, 0), "prefill": (1, 7, 0, 0), "chunk": (1, 3, 5, 0), "padded": (2, 3, 5, 2)}
+LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of a cache, that hold keys and values as they are
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+class Decoder(nn.Module):
+    """A decoder as a function of tensors alone: tokens, mask, positions if it takes them, then keys and values by layer."""
+
+    def __init__(self, model: Any, *, positions: bool) -> None:
+        super().__init__()
+        self.model, self.positions = model, positions
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        past = others[1:] if self.positions else others
+        # Made without a config, a layer with a window keeps all it has seen, and the mask alone says what it sees.
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        given = {"position_ids": others[0]} if self.positions else {}
+        out = self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
+        return out.logits, *(state for layer in cache.layers for state in (layer.keys, layer.values))
+
+
+class Encoder(nn.Module):
+    """An encoder as a function of tensors alone."""
+
+    def __init__(self, model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(**dict(zip(self.inputs, tokens, strict=True)))
+        return tuple(out[name] for name in self.outputs)
+
+
+class Uncompiled(Exception):
+    """A call is of a form that is not compiled; the text says which."""
+
+
+@dataclass
+class Pretrained(Compilation):
+    """The compiled graph of a model of transformers, and how its calls become calls of that graph."""
+
+    fallbacks: dict[str, int] = field(default_factory=dict)  # calls that the module itself answered, by reason
+    made: Linked | None = None
+
+    @property
+    def first(self) -> Linked:
+        """The compiled model; compiled now, if it is not."""
+        if self.made is None:
+            self._probe()
+            self.made = self._captured()
+        return self.made
+
+    def forget(self) -> None:
+        self.made = None
+
+    @property
+    def model(self) -> Any:
+        return self.module
+
+    def _probe(self) -> None:
+        """What the model takes and gives, as a call with one token shows."""
+        parameters = self.signature.parameters
+        config = self.model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedOperator(f"{type(self.module).__name__}: encoders with a decoder are not compiled yet")
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with evaluating(self.module):
+            out = self.module(input_ids=one, **({"use_cache": True} if "past_key_values" in parameters else {}))
+        self.kind = type(out)
+        cache = getattr(out, "past_key_values", None)
+        self.is_decoder = cache is not None and hasattr(cache, "layers") and "logits" in out
+        self.positions = "position_ids" in parameters and self.is_decoder
+        if cache is not None and self.is_decoder:
+            self.states = [
+                (state.shape[1], state.shape[3], state.dtype)
+                for layer in cache.layers
+                for state in (layer.keys, layer.values)
+            ]
+        else:
+            self.takes = tuple(name for name in TOKENS if name in parameters)
+            self.gives = tuple(name for name, value in out.items() if isinstance(value, Tensor))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def _captured(self) -> Linked:
+        report = Report(type(self.module).__name__, self.options.backend)
+        example = tuple(self._drawn(2, 3, 5 if self.is_decoder else 0, 1))
+        batch = Dim("batch")
+        tokens = {0: batch, 1: Dim.AUTO}  # the total is past and sequence: one of them follows, which is torch's to say
+        flat: nn.Module
+        if self.is_decoder:
+            flat = Decoder(self.module, positions=self.positions)
+            past = [{0: batch, 2: Dim("past")}] * len(self.states)
+            others = tuple(([tokens] if self.positions else []) + past)
+            shapes: Any = {"input_ids": tokens, "attention_mask": tokens, "others": others}
+            layers = [f"{i // 2}.{'value' if i % 2 else 'key'}" for i in range(len(self.states))]
+            inputs = [*TOKENS[:2], *(["position_ids"] if self.positions else [])]
+            inputs += [f"past_key_values.{layer}" for layer in layers]
+            outputs = ["logits", *(f"present.{layer}" for layer in layers)]
+        else:
+            flat = Encoder(self.module, self.takes, self.gives)
+            inputs, outputs = list(self.takes), list(self.gives)
+            shapes = {"tokens": (tokens,) * len(self.takes)}
+        with stage(report, "export", self.options.note):
+            program = export_module(flat, example, {}, shapes)
+        made = linked(program, report, self.options, inputs=inputs, outputs=outputs)
+        if self.options.verify:
+            with stage(report, "verify", self.options.note):
+                drawn = {name: tuple(self._drawn(*step)) for name, step in self._steps().items()}
+                cases = {name: (partial(flat, *given), partial(made.executor, *given)) for name, given in drawn.items()}
+                report.verification = compared(self.module, made.graph, cases)
+        return made
+
+    def _steps(self) -> Mapping[str, tuple[int, int, int, int]]:
+        if self.is_decoder:
+            return STEPS
+        return {"sequence": (1, 7, 0, 0), "padded": (2, 5, 0, 2)}
+
+    def _drawn(self, B: int, S: int, P: int, padding: int) -> list[Tensor]:
+        """Random inputs of the graph, of one size."""
+        random = torch.Generator().manual_seed(B + S + P)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        ids = torch.randint(0, vocabulary, (B, S), generator=random).to(self.device)
+        mask = torch.ones(B, P + S, dtype=torch.int64, device=self.device)
+        if not self.is_decoder:
+            if padding:
+                mask[-1, -padding:] = 0
+            given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+            return [given[name] for name in self.takes]
+        mask[0, :padding] = 0
+        positions = [(mask.cumsum(1) - 1).clamp(min=0)[:, P:]] if self.positions else []
+        past = [
+            torch.randn(B, heads, P, width, generator=random).to(self.device, dtype)
+            for heads, width, dtype in self.states
+        ]
+        return [ids, mask, *positions, *past]
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns; by the model itself, where the call is of a form that is not compiled."""
+        executor = self.first.executor
+        try:
+            given = self._given(args, kwargs)
+            return self._decoded(given, executor) if self.is_decoder else self._encoded(given, executor)
+        except Uncompiled as reason:
+            text = str(reason)
+            if text not in self.fallbacks:
+                warnings.warn(f"fuser: {type(self.module).__name__} runs uncompiled: {text}", stacklevel=4)
+            self.fallbacks[text] = self.fallbacks.get(text, 0) + 1
+            return self.module(*args, **kwargs)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that say something, by name.
+
+        Raises:
+            Uncompiled: one of them asks for what the graph does not give.
+        """
+        try:
+            bound = self.signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise InputError(f"{type(self.module).__name__}.forward: {error}") from None
+        given = {}
+        for name, value in bound.items():
+            if self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                given.update(value)
+            else:
+                given[name] = value
+        known = {*TOKENS[: 2 if self.is_decoder else 3], "return_dict"}
+        if self.is_decoder:
+            known |= {"position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+        asked = [
+            name for name, value in given.items() if name not in known and value is not None and value is not False
+        ]
+        if asked:
+            raise Uncompiled(f"it was called with {', '.join(asked)}")
+        if given.get("input_ids") is None:
+            raise Uncompiled("it was called without input_ids")
+        return given
+
+    def _encoded(self, given: Mapping[str, Any], executor: Executor) -> Any:
+        ids = given["input_ids"]
+        neutral = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        found = [given.get(name) for name in self.takes]
+        made = executor(*(neutral[n] if x is None else x for n, x in zip(self.takes, found, strict=True)))
+        return self._result(given, dict(zip(self.gives, made, strict=True)))
+
+    def _decoded(self, given: Mapping[str, Any], executor: Executor) -> Any:
+        from transformers import DynamicCache
+
+        ids = given["input_ids"]
+        B, S = ids.shape
+        use_cache = given.get("use_cache")
+        use_cache = self.model.config.use_cache if use_cache is None else use_cache
+        cache = given.get("past_key_values")
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.model.config)
+        P = 0 if cache is None else cache.get_seq_length()
+        mask = given.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(B, P + S, dtype=torch.int64, device=ids.device)
+        elif not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != P + S:
+            raise Uncompiled("its attention_mask is not [batch, past + sequence]")
+        inputs = [ids, mask.to(torch.int64)]
+        if self.positions:
+            positions = given.get("position_ids")
+            if positions is None:
+                positions = torch.arange(P, P + S, device=ids.device)[None]
+            inputs.append(positions.expand(B, S))
+        logits, *present = executor(*inputs, *self._past(cache, B, P))
+        kept = given.get("logits_to_keep") or 0
+        if not isinstance(kept, int):
+            raise Uncompiled("its logits_to_keep is a tensor")
+        if cache is not None:
+            _write(cache, present, P)
+        return self._result(given, {"logits": logits[:, -kept:] if kept else logits, "past_key_values": cache})
+
+    def _past(self, cache: Any, B: int, P: int) -> list[Tensor]:
+        """The keys and values of P tokens before; those that a window no longer sees are zeros, which the mask hides."""
+        if cache is None or not P:
+            return [torch.zeros(B, H, 0, width, dtype=dtype, device=self.device) for H, width, dtype in self.states]
+        if not all(type(layer).__name__ in LAYERS for layer in cache.layers):
+            raise Uncompiled(f"its cache has layers of {type(cache.layers[0]).__name__}")
+        found = []
+        for layer in cache.layers:
+            for state in (layer.keys, layer.values):
+                missing = P - state.shape[2]
+                found.append(nn.functional.pad(state, (0, 0, missing, 0)) if missing else state)
+        return found
+
+    def _result(self, given: Mapping[str, Any], fields: dict[str, Any]) -> Any:
+        out = self.kind(**fields)
+        asked = given.get("return_dict")
+        return out if (self.model.config.return_dict if asked is None else asked) else out.to_tuple()
+
+
+def _write(cache: Any, present: list[Tensor], P: int) -> None:
+    """Leaves a cache as the model would have left it."""
+    for index, (keys, values) in enumerate(zip(present[::2], present[1::2], strict=True)):
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        if layer is None or layer.is_sliding or not layer.is_initialized:
+            cache.update(keys[:, :, P:], values[:, :, P:], index)
+        else:
+            layer.keys, layer.values = keys, values
