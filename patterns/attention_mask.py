@@ -36,8 +36,9 @@ def attention_mask(
     all; causal is right_window=0). padding [B, T], of any type: 0 where a key is none.
     """
     *_, S, T = wanted = shape.tolist()
-    distance = torch.arange(T) - (torch.arange(S)[:, None] + T - S)
-    allowed = torch.ones(S, T, dtype=torch.bool)
+    device = None if padding is None else padding.device
+    distance = torch.arange(T, device=device) - (torch.arange(S, device=device)[:, None] + T - S)
+    allowed = torch.ones(S, T, dtype=torch.bool, device=device)
     if left_window >= 0:
         allowed &= distance >= -left_window
     if right_window >= 0:

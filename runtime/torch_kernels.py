@@ -48,6 +48,9 @@ def attention(
     q, k, v = _by_head(q, H), _by_head(k, G), _by_head(v, G)
     if softcap or (mask is not None and mask.dtype not in (torch.bool, q.dtype)):
         y = _capped(q, k, v, mask, H // G, scale, softcap, guarded)
+    elif q.is_cuda:
+        bias = None if mask is None else _bias(mask, q)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=G != H)
     elif q.shape[2] == 1 and G != H and k.shape[3] == v.shape[3] and (mask is None or mask.shape[-3:-1] == (1, 1)):
         # One token: the query heads that share a key head are rows of one product, and nothing is repeated.
         rows = q.reshape(q.shape[0], G, H // G, q.shape[3])
@@ -56,6 +59,17 @@ def attention(
     else:
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=G != H)
     return y.transpose(1, 2).flatten(2) if merged else y
+
+
+def _bias(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask as CUDA's kernels take it in the operator's meaning: a bool becomes 0 and minus infinity, for of a row that is
+    all False they would give the mean; and the lowest numbers are halved, which they multiply by more than 1.
+    """
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    if mask.dtype == torch.float16:  # whose lowest number has room in the float32 that scores are in
+        return mask
+    return torch.where(mask == -math.inf, mask, mask.clamp(min=torch.finfo(mask.dtype).min / 2))
 
 
 def _capped(

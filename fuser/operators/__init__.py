@@ -4,6 +4,7 @@ from fuser.operators import (  # noqa: F401  importing a module enters its opera
     attention,
     contractions,
     contrib,
+    contrib_attention,
     creation,
     elementwise,
     indexing,

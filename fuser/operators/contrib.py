@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators (domain com.microsoft) that lowerings emit.
+"""ONNX Runtime's own operators (domain com.microsoft), attentions aside: those that its optimizers and fuser write.
 
 Source: docs/ContribOperators.md of ONNX Runtime. SimplifiedLayerNormalization stands in the module of normalizations.
 """
@@ -6,6 +6,7 @@ Source: docs/ContribOperators.md of ONNX Runtime. SimplifiedLayerNormalization s
 import torch
 from torch import Tensor
 
+from fuser.errors import UnsupportedOperator
 from fuser.operators.elementwise import gelu, swish
 from fuser.operators.normalization import layer_norm, rms_norm
 from fuser.operators.table import float32, operator, same_dtype, wide
@@ -96,3 +97,72 @@ def fused_matmul(
     x, y = (x.movedim(0, -2) if transBatchA else x), (y.movedim(0, -2) if transBatchB else y)
     x, y = (x.mT if transA and x.dim() > 1 else x), (y.mT if transB and y.dim() > 1 else y)
     return (alpha * torch.matmul(x, y)).to(a.dtype)
+
+
+@operator("EmbedLayerNormalization", domain=_DOMAIN)
+def embed_layer_normalization(
+    input_ids: Tensor,
+    segment_ids: Tensor | None,
+    word_embedding: Tensor,
+    position_embedding: Tensor,
+    segment_embedding: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    epsilon: float = float32(1e-12),
+    mask_index_type: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm of the sum of word, position and segment embeddings, ids [B, S]; outputs y, the tokens of each sequence
+    [B] (0 without a mask) and the sum.
+    """
+    batch, length = input_ids.shape
+    positions = torch.arange(length, device=input_ids.device) if position_ids is None else position_ids
+    total = wide(word_embedding[input_ids.long()]) + wide(position_embedding[positions.long()])
+    if segment_embedding is not None and segment_ids is not None:
+        total = total + wide(segment_embedding[segment_ids.long()])
+    y = layer_norm(total, gamma, beta, [-1], epsilon)[0]
+    counts = torch.zeros(batch, dtype=torch.int32, device=total.device) if mask is None else mask.sum(1)
+    return y.to(gamma.dtype), counts.to(torch.int32), total.to(gamma.dtype)
+
+
+@operator("MatMulNBits", domain=_DOMAIN)
+def matmul_n_bits(
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None = None,
+    g_idx: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    K: int,
+    N: int,
+    bits: int = 4,
+    block_size: int,
+    accuracy_level: int = 0,
+    weight_prepacked: int = 0,
+) -> Tensor:
+    """a [..., K] by a weight [K, N] in blocks along K, each with a scale and a zero point (half the range where absent).
+
+    b uint8 [N, blocks, block_size * bits / 8], the lower bits first; zero points packed alike, or in a's type.
+    """
+    if bits not in (2, 4, 8) or g_idx is not None or weight_prepacked:
+        raise UnsupportedOperator(f"weights of {bits} bits, reordered or packed for a device")
+    blocks = -(-K // block_size)
+    levels = _unpacked(b.reshape(N, -1), bits).reshape(N, blocks, block_size)
+    if zero_points is None:
+        zero: Tensor | int = 1 << (bits - 1)
+    elif zero_points.dtype == torch.uint8:
+        zero = _unpacked(zero_points.reshape(N, -1), bits)[:, :blocks, None]
+    else:
+        zero = wide(zero_points).reshape(N, blocks, 1)
+    weight = (levels - zero) * wide(scales).reshape(N, blocks, 1)
+    y = wide(a) @ weight.reshape(N, -1)[:, :K].T
+    return (y if bias is None else y + wide(bias)).to(a.dtype)
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """uint8 [N, M] as int64 [N, M * 8 / bits], the lower bits first."""
+    shifts = torch.arange(0, 8, bits, device=packed.device)
+    return ((packed.to(torch.int64)[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)

@@ -1,9 +1,10 @@
 """The operator table: which function computes which operator, and how a node's inputs and attributes reach it.
 
 A function's signature is its row. Positional parameters are the operator's inputs in order, keyword-only parameters its
-attributes, both under their ONNX names; a parameter without a default is required. What moved from attribute to input
-over the opsets (axes, pads, split, ...) is declared once, as an input, and an attribute of that name fills it when the
-input is absent. Keyword-only parameters named in `CONTEXT` are facts of the call, not attributes of the node.
+attributes, both under their ONNX names; a parameter without a default is required, unless it may be None. What moved from
+attribute to input over the opsets (axes, pads, split, ...) is declared once, as an input, and an attribute of that name
+fills it when the input is absent. Keyword-only parameters named in `CONTEXT` are facts of the call, not attributes of the
+node.
 """
 
 import inspect
@@ -52,7 +53,7 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
         row = Row(
             compute=compute,
             inputs=tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD),
-            required=frozenset(p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL),
+            required=frozenset(p.name for p in parameters if _is_required(p)),
             attributes=keywords - CONTEXT,
             context=keywords & CONTEXT,
             variadic=any(p.kind is p.VAR_POSITIONAL for p in parameters),
@@ -63,6 +64,11 @@ def operator(*names: str, domain: str = "") -> Callable[[F], F]:
         return compute
 
     return enter
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    named = parameter.kind is not parameter.VAR_POSITIONAL and parameter.default is parameter.empty
+    return named and type(None) not in get_args(parameter.annotation)
 
 
 def default(op: str, domain: str, attribute: str) -> Any:
