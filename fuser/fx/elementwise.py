@@ -1,6 +1,7 @@
 """Arithmetic, comparison, logic, activations and casts."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fuser.dtypes import DType
@@ -149,7 +150,7 @@ def minimum(at: At, x: Value, y: Value) -> Value:
     return at.op("Min", at.operand(x, at.dtype), at.operand(y, at.dtype))
 
 
-def _comparison(op: str) -> Row:
+def _comparison(op: str) -> Callable[[At, Operand, Operand], Value]:
     def row(at: At, x: Operand, y: Operand) -> Value:
         dtype = at.promoted(x, y)
         if dtype is DType.BOOL and op != "Equal":
