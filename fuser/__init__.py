@@ -15,6 +15,7 @@ from fuser.version import __version__
 
 if TYPE_CHECKING:
     from fuser.api import FusedModel, fuse
+    from fuser.compiling import compile
     from fuser.loading import Model, load
     from fuser.report import Report
 
@@ -30,12 +31,14 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "compile",
     "fuse",
     "load",
 ]
 
 _LAZY = {
     "FusedModel": "fuser.api",
+    "compile": "fuser.compiling",
     "fuse": "fuser.api",
     "Report": "fuser.report",
     "Model": "fuser.loading",

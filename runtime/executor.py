@@ -15,6 +15,7 @@ from fuser.errors import FuserError, InputError, UnsupportedOperator
 from fuser.graph import Graph, Node, Value
 from fuser.operators.table import MISFITS
 from fuser.runtime.program import Kernel, check_operators, label, write
+from fuser.runtime.sizes import expression
 from fuser.shapes import infer
 from fuser.tensors import Held, tensor_of
 
@@ -68,6 +69,7 @@ class Executor:
         self._run: Callable[..., list[Tensor]] = self._program.names["run"]
         self._dtypes = tuple(None if value.dtype is None else _torch_dtype(value) for value in self.inputs)
         self._cache: OrderedDict[Shapes, tuple[Any, ...]] = OrderedDict()
+        self._declared = self._as_declared()
         made = self._guarded("fixed")
         self._program.names.update(zip(self._program.fixed, made, strict=True))
 
@@ -101,7 +103,8 @@ class Executor:
             raise self._misfit(inputs)
         sized = self._cache.get(shapes)
         if sized is None:
-            sized = self._guarded("sized", *self._sizes(shapes))
+            sizes = self._declared(shapes) if self._declared is not None else None
+            sized = self._guarded("sized", *(self._sizes(shapes) if sizes is None else sizes))
             self._cache[shapes] = sized
             if len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
@@ -153,6 +156,33 @@ class Executor:
                     f"input '{value.name}' must be {value.dtype}, got {str(x.dtype).removeprefix('torch.')}"
                 )
         raise AssertionError("nothing is wrong")
+
+    def _as_declared(self) -> Callable[[Shapes], tuple[int, ...] | None] | None:
+        """A function that reads the sizes of the symbols where the shapes are as declared, and gives None where not.
+
+        None where an input's rank is open, or a dim is computed from a size that no input has.
+        """
+        places: dict[sympy.Symbol, str] = {}
+        for index, value in enumerate(self.inputs):
+            for axis, dim in enumerate(value.shape or ()):
+                if not isinstance(dim, int) and dim.is_Symbol:
+                    places.setdefault(dim, f"shapes[{index}][{axis}]")
+        declared = [value.shape for value in self.inputs]
+        if any(shape is None or dims.symbols(shape) - places.keys() for shape in declared):
+            return None
+        names = {symbol: f"s{number}" for number, symbol in enumerate(places)}
+        lines = [f"    {names[symbol]} = {place}" for symbol, place in places.items()]
+        shapes = ["".join(f"{expression(dim, names.__getitem__)}, " for dim in shape or ()) for shape in declared]
+        sizes = "".join(f"{names[symbol]}, " for symbol in self._program.symbols)
+        wanted = "".join(f"({shape}), " for shape in shapes)
+        text = "\n".join(
+            ["def declared(shapes):", "    if RANKS != tuple(map(len, shapes)):", "        return None", *lines,
+             f"    return ({sizes}) if shapes == ({wanted}) else None"]
+        )  # fmt: skip
+        scope: dict[str, Any] = {"RANKS": tuple(len(shape or ()) for shape in declared)}
+        exec(text, scope)
+        found: Callable[[Shapes], tuple[int, ...] | None] = scope["declared"]
+        return found
 
     def _sizes(self, shapes: Shapes) -> list[int]:
         """The sizes of the symbols; InputError where the shapes are not those that are declared."""
