@@ -1,23 +1,26 @@
-"""`fuser.load(path)`: an ONNX file as something to call, fused on the way and run by torch."""
+"""`fuser.load(path)`: an ONNX file or a Hugging Face folder as something to call, fused on the way and run by torch."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fuser import importer, patterns, verification
 from fuser.canonicalize import canonicalize
-from fuser.errors import FuserError, InputError, VerificationError
+from fuser.compiling import compile
+from fuser.errors import FuserError, InputError, UsageError, VerificationError
 from fuser.graph import Graph
 from fuser.rewriting import rewrite
 from fuser.runtime.executor import Executor
 from fuser.runtime.program import check_operators
 from fuser.runtime.torch_kernels import KERNELS
 from fuser.tensors import to_array, to_tensor
+
+Device: TypeAlias = torch.device | str | None
 
 
 class Model:
@@ -64,26 +67,39 @@ class Model:
 def load(
     path: str | os.PathLike[str],
     *,
-    device: torch.device | str | None = None,
+    device: Device = None,
     dims: Mapping[str, int] | None = None,
     fuse: bool = True,
     verify: bool = True,
-) -> Model:
-    """Loads an ONNX file: an exporter's, one that fuser wrote, or one with ONNX Runtime's own operators.
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Loads a model: an ONNX file, or a folder as `save_pretrained` of Hugging Face transformers writes it.
+
+    Of a file it is a `Model`, whoever wrote it: an exporter, fuser, or ONNX Runtime with its own operators. Of a folder it is
+    what `fuser.compile` makes of the module that transformers builds from its config; no code in the folder is run.
 
     Args:
-        path: opset 13 or newer; external data is found beside it.
+        path: a file of opset 13 or newer, external data beside it; or a folder with config.json and safetensors.
         device: where it is run; by default the CPU.
-        dims: sizes for named dims of the inputs, e.g. `{"batch": 1}`.
+        dims: sizes for named dims of a file's inputs, e.g. `{"batch": 1}`.
         fuse: find and replace what fused operators compute.
-        verify: prove each rewrite numerically, and compare the fused graph with the file's own, both run by torch.
+        verify: prove each rewrite numerically, and compare the fused graph with the original.
+        dtype: of a folder's weights; by default the one they are stored in.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file or folder cannot be read.
         UnsupportedOperator: it has an operator that is not computed here.
-        UsageError: an unknown dim.
-        VerificationError: the fused graph and the file's own disagree.
+        UsageError: an unknown dim, or an argument that says nothing of what is loaded.
+        VerificationError: the fused graph and the original disagree.
     """
+    if Path(path).is_dir():
+        if dims is not None or not fuse:
+            raise UsageError(
+                f"'{path}' is a folder, whose model is compiled for all sizes: dims and fuse are for files"
+            )
+        return compile(_pretrained(Path(path), device, dtype), verify=verify)
+    if dtype is not None:
+        raise UsageError(f"'{path}' is a file, which says itself what types it has: dtype is for folders")
     graph = importer.load(path, dims)
     check_operators(graph)
     if not fuse:
@@ -97,6 +113,30 @@ def load(
     if found and weights <= verification.WEIGHT_LIMIT_BYTES:
         _compare(Model(original, Executor(original, device=device), {}), made, found, Path(path))
     return made
+
+
+def _pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
+    """The module of a folder, of the class its config names.
+
+    Raises:
+        InputError: transformers cannot read it.
+        UsageError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError("a Hugging Face folder needs transformers: pip install 'fuser[hf]'") from None
+    if not (folder / "config.json").is_file():
+        raise InputError(f"'{folder}' has no config.json: it is no folder of Hugging Face transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        named = [getattr(transformers, name, None) for name in config.architectures or ()]
+        kind = next((one for one in named if one is not None), transformers.AutoModel)
+        module: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
+    except Exception as error:  # it raises what its parts raise: OSError, ValueError, errors of safetensors and JSON
+        text = " ".join(str(error).split())
+        raise InputError(f"'{folder}' cannot be loaded: {text[:300] or type(error).__name__}") from None
+    return module.to(device).eval()
 
 
 def _roles(graph: Graph) -> list[verification.Role]:
