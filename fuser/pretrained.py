@@ -1,7 +1,8 @@
 """Models of Hugging Face transformers, compiled without example inputs: decoders with and without a cache, encoders.
 
 A decoder becomes one graph of `(input_ids [B, S], attention_mask [B, T], position_ids [B, S], past keys and values
-[B, G, P, Dh]) -> (logits [B, S, V], present keys and values [B, G, T, Dh])`, which serves every call: a prompt has no past.
+[B, G, P, Dh]) -> (logits [B, S, V] or hidden states, present keys and values [B, G, T, Dh])`, which serves every call: a
+prompt has no past.
 """
 
 import inspect
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from fuser import dims
 from fuser.compilation import Compilation, Linked, compared, linked
-from fuser.errors import InputError, UnsupportedOperator
+from fuser.errors import InputError, UnsupportedOperator, UsageError
 from fuser.fx import evaluating, export_module
 from fuser.pipeline import stage
 from fuser.report import Report
@@ -38,9 +40,9 @@ def is_pretrained(module: nn.Module) -> bool:
 class Decoder(nn.Module):
     """A decoder as a function of tensors alone: tokens, mask, positions if it takes them, then keys and values by layer."""
 
-    def __init__(self, model: Any, *, positions: bool) -> None:
+    def __init__(self, model: Any, main: str, *, positions: bool) -> None:
         super().__init__()
-        self.model, self.positions = model, positions
+        self.model, self.main, self.positions = model, main, positions
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
@@ -50,7 +52,7 @@ class Decoder(nn.Module):
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         given = {"position_ids": others[0]} if self.positions else {}
         out = self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
-        return out.logits, *(state for layer in cache.layers for state in (layer.keys, layer.values))
+        return out[self.main], *(state for layer in cache.layers for state in (layer.keys, layer.values))
 
 
 class Encoder(nn.Module):
@@ -95,6 +97,8 @@ class Pretrained(Compilation):
         """What the model takes and gives, as a call with one token shows."""
         parameters = self.signature.parameters
         config = self.model.config
+        if "input_ids" not in parameters:
+            raise UsageError(f"{type(self.module).__name__} takes no input_ids; give fuser.compile example_inputs")
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedOperator(f"{type(self.module).__name__}: encoders with a decoder are not compiled yet")
         one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -102,7 +106,8 @@ class Pretrained(Compilation):
             out = self.module(input_ids=one, **({"use_cache": True} if "past_key_values" in parameters else {}))
         self.kind = type(out)
         cache = getattr(out, "past_key_values", None)
-        self.is_decoder = cache is not None and hasattr(cache, "layers") and "logits" in out
+        self.is_decoder = cache is not None and hasattr(cache, "layers")
+        self.main = next(name for name, value in out.items() if isinstance(value, Tensor))  # logits, or hidden states
         self.positions = "position_ids" in parameters and self.is_decoder
         if cache is not None and self.is_decoder:
             self.states = [
@@ -125,14 +130,14 @@ class Pretrained(Compilation):
         tokens = {0: batch, 1: Dim.AUTO}  # the total is past and sequence: one of them follows, which is torch's to say
         flat: nn.Module
         if self.is_decoder:
-            flat = Decoder(self.module, positions=self.positions)
+            flat = Decoder(self.module, self.main, positions=self.positions)
             past = [{0: batch, 2: Dim("past")}] * len(self.states)
             others = tuple(([tokens] if self.positions else []) + past)
             shapes: Any = {"input_ids": tokens, "attention_mask": tokens, "others": others}
             layers = [f"{i // 2}.{'value' if i % 2 else 'key'}" for i in range(len(self.states))]
             inputs = [*TOKENS[:2], *(["position_ids"] if self.positions else [])]
             inputs += [f"past_key_values.{layer}" for layer in layers]
-            outputs = ["logits", *(f"present.{layer}" for layer in layers)]
+            outputs = [self.main, *(f"present.{layer}" for layer in layers)]
         else:
             flat = Encoder(self.module, self.takes, self.gives)
             inputs, outputs = list(self.takes), list(self.gives)
@@ -140,6 +145,13 @@ class Pretrained(Compilation):
         with stage(report, "export", self.options.note):
             program = export_module(flat, example, {}, shapes)
         made = linked(program, report, self.options, inputs=inputs, outputs=outputs)
+        for value in made.graph.inputs:
+            fixed = [dim for dim in (value.shape or ())[:2] if isinstance(dim, int)]
+            if fixed and value.name in TOKENS:
+                raise InputError(
+                    f"{type(self.module).__name__} cannot be captured for all sizes: its code fixes {value.name} to "
+                    f"{dims.text(value.shape)}; give fuser.compile example_inputs of the size that is wanted"
+                )
         if self.options.verify:
             with stage(report, "verify", self.options.note):
                 drawn = {name: tuple(self._drawn(*step)) for name, step in self._steps().items()}
@@ -241,13 +253,13 @@ class Pretrained(Compilation):
             if positions is None:
                 positions = torch.arange(P, P + S, device=ids.device)[None]
             inputs.append(positions.expand(B, S))
-        logits, *present = executor(*inputs, *self._past(cache, B, P))
+        main, *present = executor(*inputs, *self._past(cache, B, P))
         kept = given.get("logits_to_keep") or 0
         if not isinstance(kept, int):
             raise Uncompiled("its logits_to_keep is a tensor")
         if cache is not None:
             _write(cache, present, P)
-        return self._result(given, {"logits": logits[:, -kept:] if kept else logits, "past_key_values": cache})
+        return self._result(given, {self.main: main[:, -kept:] if kept else main, "past_key_values": cache})
 
     def _past(self, cache: Any, B: int, P: int) -> list[Tensor]:
         """The keys and values of P tokens before; those that a window no longer sees are zeros, which the mask hides."""
