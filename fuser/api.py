@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 
+from fuser.codegen.plan import REGIMES, Launch, plan
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
@@ -133,6 +134,26 @@ def explain(
     _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
     assert report.explanation is not None
     return report.explanation
+
+
+def plan_kernels(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    regime: str = "decode",
+    dims: Mapping[str, int] | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> list[Launch]:
+    """The kernel launches that a model becomes once it is fused; takes and raises what `fuse` does.
+
+    Args:
+        regime: `decode`: at most 64 tokens at once; `prefill`: more.
+    """
+    if regime not in REGIMES:
+        raise UsageError(f"there is no regime '{regime}'; regimes are {', '.join(REGIMES)}")
+    report = _report(_path(model), "functions")
+    graph, _, _ = _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
+    return plan(graph, "prefill" if regime == "prefill" else "decode")
 
 
 def _path(model: str | os.PathLike[str] | onnx.ModelProto) -> Path | None:

@@ -228,6 +228,29 @@ def explain_(
             print(_lines(explanation_text(explanation, everything=everything)))
 
 
+@app.command("plan-kernels", context_settings=HELP)
+def plan_kernels(
+    model: Model,
+    regime: Annotated[str, typer.Option(help="decode: at most 64 tokens at once. prefill: more.")] = "decode",
+    dim: Dims = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="Tell bytes and FLOPs at this size of a named dim.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show the kernel launches that a model becomes: what each computes, its bytes and FLOPs, and where it comes from.
+
+    Repeated layers are shown once. Amounts stay formulas of the dims whose size is not given.
+    """
+    with _failing(quiet=False, verbose=verbose) as (_, progress):
+        from fuser import api
+        from fuser.codegen import plan
+
+        launches = api.plan_kernels(model, regime=regime, dims=_sizes(dim or [], "--dim"), progress=progress)
+        progress.stop()
+        print(_lines(plan.text(launches, _sizes(size or [], "--size"))))
+
+
 def _run(
     console: Console,
     progress: Progress,

@@ -50,11 +50,12 @@ class Emitter:
         """The fused node that is lowered."""
         return self._like
 
-    def once(self, key: Any, make: Callable[["Emitter"], Any], after: Value) -> Any:
-        """What `make` emits right behind `after`, shared by all that ask for the same key."""
+    def once(self, key: Any, make: Callable[["Emitter"], Any], after: Value | None = None) -> Any:
+        """What `make` emits right behind `after`, or of sizes alone, shared by all that ask for the same key."""
         key = (id(after), key)
         if key not in self._shared:
-            self._shared[key] = make(Emitter(self._graph, after.producer, self._domain, self._shared))
+            like = None if after is None else after.producer
+            self._shared[key] = make(Emitter(self._graph, like, self._domain, self._shared))
         return self._shared[key]
 
     def take_over(self, node: Node, outputs: Mapping[int, Value]) -> None:

@@ -99,9 +99,9 @@ def _group_query_attention(
         bias = op.once(("bias", B), lambda op: _bias(op, mask, B, T), mask)
         if bias is None:
             return None
-    total = op.once(("total", T), lambda op: op.Cast(op.dims(T), to=DType.INT32.onnx), k)
+    total = op.once(("total", T), lambda op: op.Cast(op.dims(T), to=DType.INT32.onnx))
     last = op.once(
-        ("last", B, T), lambda op: op.Expand(op.Cast(op.dims(dims.sub(T, 1)), to=DType.INT32.onnx), op.dims((B,))), k
+        ("last", B, T), lambda op: op.Expand(op.Cast(op.dims(dims.sub(T, 1)), to=DType.INT32.onnx), op.dims((B,)))
     )
     q, k, v = _new_tokens(op, write, H, G)
     options = {"num_heads": H, "kv_num_heads": G, "scale": scale, "softcap": softcap, "local_window_size": window}
