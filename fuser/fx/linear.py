@@ -103,9 +103,6 @@ def group_norm(
     cudnn_enabled: bool = True,
 ) -> Value:  # fmt: skip
     assert x.shape is not None and x.dtype is not None
-    channels = x.shape[1]
-    if not isinstance(channels, int):
-        raise UnsupportedOperator("group_norm over channels whose number is not fixed")
-    gain = weight if weight is not None else at.filled(1, x.dtype, (channels,))
-    shift = bias if bias is not None else at.filled(0, x.dtype, (channels,))
+    gain = weight if weight is not None else at.full(1, x.dtype, x.shape[1:2])
+    shift = bias if bias is not None else at.full(0, x.dtype, x.shape[1:2])
     return at.op("GroupNormalization", x, gain, shift, num_groups=num_groups, epsilon=float(eps))
