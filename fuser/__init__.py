@@ -15,6 +15,7 @@ from fuser.version import __version__
 
 if TYPE_CHECKING:
     from fuser.api import FusedModel, fuse
+    from fuser.compiling import compile
     from fuser.loading import Model, load
     from fuser.report import Report
 
@@ -30,6 +31,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "compile",
     "fuse",
     "load",
 ]
@@ -37,6 +39,7 @@ __all__ = [
 _LAZY = {
     "FusedModel": "fuser.api",
     "fuse": "fuser.api",
+    "compile": "fuser.compiling",
     "Report": "fuser.report",
     "Model": "fuser.loading",
     "load": "fuser.loading",

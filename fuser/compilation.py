@@ -90,6 +90,10 @@ class Compilation:
         """Drops what was compiled: parameters have moved or changed."""
         self.variants.clear()
 
+    def renewed(self, module: nn.Module) -> "Compilation":
+        """The same for another module of the kind, with nothing compiled yet."""
+        return type(self)(module, self.options)
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns for some arguments."""
         leaves, key = self._form(args, kwargs)
