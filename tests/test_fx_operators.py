@@ -331,6 +331,10 @@ PRODUCTS: list[list[Case]] = [
     case("native_layer_norm.default", "f[a,b,6] f[6] f[6]", lambda op, x, w, b: op(x, [6], w, b, 1e-3)),
     case("group_norm.default", "f[a,6,b] f[6] f[6]", lambda op, x, w, b: op(x, 3, w, b, 1e-3)),
     case("group_norm.default", "f[a,6,b]", lambda op, x: op(x, 2)),
+    case("batch_norm.default", "f[a,6,b,2] f[6] f[6] f[6] p[6]", False, 0.1, 1e-3, False),
+    case(
+        "batch_norm.default", "f[a,6] f[6] p[6]", lambda op, x, m, v: op(x, None, None, m, v, False, 0.1, 1e-3, False)
+    ),
 ]
 ATTENTION: list[list[Case]] = [
     case("scaled_dot_product_attention.default", "f[2,4,a,8] f[2,4,b,8] f[2,4,b,6]"),

@@ -8,7 +8,7 @@ import torch
 from fuser.constants import Transposed
 from fuser.errors import UnsupportedOperator
 from fuser.fx.table import At, Number, aten, rank
-from fuser.graph import Value
+from fuser.graph import FUSER, Value
 from fuser.tensors import Held
 
 
@@ -95,6 +95,23 @@ def _layer_norm(
     assert x.dtype is not None
     gain = weight if weight is not None else at.filled(1, x.dtype, tuple(shape))
     return at.ops("LayerNormalization", outputs, x, gain, bias, axis=-len(shape), epsilon=float(eps))
+
+
+@aten("batch_norm.default")
+def batch_norm(
+    at: At, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, variance: Value | None,
+    training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Value:  # fmt: skip
+    """By the statistics that were kept: a scale and a shift of each channel."""
+    if training or mean is None or variance is None:
+        raise UnsupportedOperator("batch_norm by the statistics of the batch; call module.eval() first")
+    by = at.op("Rsqrt", at.op("Add", variance, at.scalar(eps, at.dtype)), domain=FUSER)
+    by = by if weight is None else at.op("Mul", by, weight)
+    shift = at.op("Neg", at.op("Mul", mean, by))
+    shift = shift if bias is None else at.op("Add", shift, bias)
+    inner = tuple(range(1, rank(x) - 1))
+    columns = [at.op("Unsqueeze", part, axes=inner) if inner else part for part in (by, shift)]
+    return at.op("Add", at.op("Mul", x, columns[0]), columns[1])
 
 
 @aten("group_norm.default")
