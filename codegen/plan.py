@@ -153,6 +153,8 @@ def _is_linear(node: Node) -> bool:
     if node.is_a("packed_linear", FUSER):
         return True
     weight = node.input(1)
+    if weight is not None and weight.producer is not None and weight.producer.is_a("Transpose"):
+        weight = weight.producer.inputs[0]  # one that is tied to the embedding is stored once
     return node.is_a("MatMul") and weight is not None and weight.constant is not None
 
 

@@ -4,11 +4,12 @@ import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument
+from torch.export.graph_signature import ConstantArgument, SymIntArgument
 from torch.utils import _pytree as pytree
 
 from fuser.checking import relative_error
@@ -56,15 +57,21 @@ class Variant(Linked):
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         made = iter(self.executor(*(leaf for leaf in leaves if isinstance(leaf, Tensor))))
-        return pytree.tree_unflatten([next(made) if x is TENSOR else x for x in self.outputs], self.out_spec)
+        results = [int(next(made)) if x is Place.SIZE else next(made) if x is Place.TENSOR else x for x in self.outputs]
+        return pytree.tree_unflatten(results, self.out_spec)
 
 
-class _Tensor:
-    def __repr__(self) -> str:
-        return "a tensor"
+class Place(Enum):
+    """What is to be in an output's place."""
+
+    TENSOR = auto()
+    SIZE = auto()
 
 
-TENSOR = _Tensor()
+def _place(argument: Any) -> Any:
+    if isinstance(argument, ConstantArgument):
+        return argument.value
+    return Place.SIZE if isinstance(argument, SymIntArgument) else Place.TENSOR
 
 
 @dataclass
@@ -89,6 +96,10 @@ class Compilation:
     def forget(self) -> None:
         """Drops what was compiled: parameters have moved or changed."""
         self.variants.clear()
+
+    def renewed(self, module: nn.Module) -> "Compilation":
+        """The same for another module of the kind, with nothing compiled yet."""
+        return type(self)(module, self.options)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns for some arguments."""
@@ -128,10 +139,7 @@ class Compilation:
         with stage(report, "export", self.options.note):
             program = export_module(self.module, args, kwargs, self.options.dynamic)
         made = linked(program, report, self.options)
-        outputs = tuple(
-            spec.arg.value if isinstance(spec.arg, ConstantArgument) else TENSOR
-            for spec in program.graph_signature.output_specs
-        )
+        outputs = tuple(_place(spec.arg) for spec in program.graph_signature.output_specs)
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
         variant = Variant(made.graph, report, made.executor, outputs, out_spec)

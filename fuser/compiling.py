@@ -1,5 +1,6 @@
 """`fuser.compile(module)`: a module that runs through its fused graph, and is otherwise the module it was made of."""
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -56,17 +57,14 @@ def compile(
     if backend not in ("auto", *BACKENDS):
         raise UsageError(f"there is no backend '{backend}'; backends are auto, {', '.join(BACKENDS)}")
     options = Options(dynamic, backend, verify, progress or (lambda stage: None))
-    twin = _twin(module)
-    compilation: Compilation
     if example_inputs is None and is_pretrained(module):
-        compilation = Pretrained(module, options)
-        _ = compilation.first
-    else:
-        compilation = Compilation(module, options)
-    twin.__dict__["_compilation"] = compilation
+        pretrained = Pretrained(module, options)
+        _ = pretrained.first
+        return _twin(module, pretrained)
+    compilation = Compilation(module, options)
     if example_inputs is not None:
         compilation.variant(*_arguments(example_inputs))
-    return twin
+    return _twin(module, compilation)
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -82,8 +80,11 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _twin(module: Module) -> Module:
-    """An instance of a subclass of the module's class that shares all it holds."""
+def _twin(module: Module, compilation: Compilation) -> Module:
+    """An instance of a subclass of the module's class that shares its parameters, buffers and submodules.
+
+    What hooks of the module do is a part of what is compiled; the twin has hooks of its own.
+    """
     cls = type(module)
 
     @functools.wraps(cls.forward)
@@ -93,9 +94,10 @@ def _twin(module: Module) -> Module:
     names = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     kind = type(cls.__name__, (Compiled, cls), names)
     twin: Module = object.__new__(kind)
-    # Of its own: what is registered, so that moving one leaves the other's registers alone.
-    twin.__dict__.update({k: dict(v) if type(v) is dict else v for k, v in module.__dict__.items()})
-    twin.__dict__["training"] = False
+    nn.Module.__init__(twin)
+    hooks = {name for name in twin.__dict__ if name.endswith(("hooks", "_with_kwargs", "_always_called"))}
+    twin.__dict__.update({name: item for name, item in module.__dict__.items() if name not in hooks})
+    twin.__dict__.update(training=False, _compilation=compilation)
     return twin
 
 
@@ -130,6 +132,16 @@ class Compiled(nn.Module):
         check_output(path, ())
         first = self._compilation.first
         export(first.graph.clone(), target, first.report.fused).write(Path(path))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        """A copy of the module, compiled for itself when it is first called."""
+        copied = self._compilation.renewed(copy.deepcopy(self._compilation.module, memo))
+        memo[id(self)] = twin = _twin(copied.module, copied)
+        assert isinstance(twin, Compiled)
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise UsageError("a compiled module is not pickled; save its state_dict(), or its graph by .save(path)")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Compiled":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -8,7 +8,8 @@ prompt has no past.
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ from fuser.runtime.executor import Executor
 # (B, S, P, padding on the left of the first sequence)
 STEPS = {"decode": (1, 1, 9, 0), "prefill": (1, 7, 0, 0), "chunk": (1, 3, 5, 0), "padded": (2, 3, 5, 2)}
 LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of a cache, that hold keys and values as they are
+# Of the ways in which transformers computes experts, the one without loops over what a router chose or kernels of its own.
+EXPERTS = "batched_mm"
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -142,9 +145,18 @@ class Pretrained(Compilation):
             flat = Encoder(self.module, self.takes, self.gives)
             inputs, outputs = list(self.takes), list(self.gives)
             shapes = {"tokens": (tokens,) * len(self.takes)}
-        with stage(report, "export", self.options.note):
-            program = export_module(flat, example, {}, shapes)
-        made = linked(program, report, self.options, inputs=inputs, outputs=outputs)
+
+        def linked_as(experts: str | None) -> Linked:
+            with self._experts(experts), stage(report, "export", self.options.note):
+                program = export_module(flat, example, {}, shapes)
+            return linked(program, report, self.options, inputs=inputs, outputs=outputs)
+
+        try:
+            made = linked_as(None)
+        except InputError:
+            if not self._has_experts():
+                raise
+            made = linked_as(EXPERTS)
         for value in made.graph.inputs:
             fixed = [dim for dim in (value.shape or ())[:2] if isinstance(dim, int)]
             if fixed and value.name in TOKENS:
@@ -158,6 +170,25 @@ class Pretrained(Compilation):
                 cases = {name: (partial(flat, *given), partial(made.executor, *given)) for name, given in drawn.items()}
                 report.verification = compared(self.module, made.graph, cases)
         return made
+
+    def _has_experts(self) -> bool:
+        """Whether the model computes experts, in a way of several that can be chosen."""
+        if not hasattr(self.model, "get_experts_implementation") or not self.model._can_set_experts_implementation():
+            return False
+        return set(self.model.get_experts_implementation().values()) != {EXPERTS}
+
+    @contextmanager
+    def _experts(self, implementation: str | None) -> Iterator[None]:
+        """The model with its experts computed in a given way, and afterwards as they were."""
+        if implementation is None:
+            yield
+            return
+        before = self.model.get_experts_implementation()
+        self.model.set_experts_implementation(implementation)
+        try:
+            yield
+        finally:
+            self.model.set_experts_implementation(before)
 
     def _steps(self) -> Mapping[str, tuple[int, int, int, int]]:
         if self.is_decoder:
@@ -254,12 +285,12 @@ class Pretrained(Compilation):
                 positions = torch.arange(P, P + S, device=ids.device)[None]
             inputs.append(positions.expand(B, S))
         main, *present = executor(*inputs, *self._past(cache, B, P))
-        kept = given.get("logits_to_keep") or 0
-        if not isinstance(kept, int):
-            raise Uncompiled("its logits_to_keep is a tensor")
+        kept = given.get("logits_to_keep")
+        if kept is not None:
+            main = main[:, slice(-kept, None) if isinstance(kept, int) else kept]
         if cache is not None:
             _write(cache, present, P)
-        return self._result(given, {self.main: main[:, -kept:] if kept else main, "past_key_values": cache})
+        return self._result(given, {self.main: main, "past_key_values": cache})
 
     def _past(self, cache: Any, B: int, P: int) -> list[Tensor]:
         """The keys and values of P tokens before; those that a window no longer sees are zeros, which the mask hides."""

@@ -113,6 +113,8 @@ MORE: dict[str, Architecture] = {
         | {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     ),
     "smollm3": Architecture("smollm3", GROUPED | {"no_rope_layers": [1, 0]}),
+    # Experts, of which a router chooses two for each token
+    "mixtral": Architecture("mixtral", GROUPED | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     # ALiBi, and one key head for all in a packed QKV
     "bloom": Architecture("bloom", attn="eager", positions=False),
     "falcon": Architecture("falcon", {"ffn_hidden_size": F}),

@@ -152,8 +152,9 @@ EXPORTS: list[tuple[str, str]] = [
 # What TorchScript does not export: the rank of rotated neighbours is lost to it in flattening them, so it does not append
 # them to the past; and it has no operator for the copy by which longrope changes its frequencies.
 DYNAMO_ONLY = ("cohere", "glm", "llama_longrope")
+NO_ONNX = ("mixtral",)  # its experts are grouped products by an operator that ONNX has not
 MORE_EXPORTS: list[tuple[str, str]] = [
-    *((architecture, "dynamo" if architecture in DYNAMO_ONLY else "torchscript") for architecture in MORE),
+    *((a, "dynamo" if a in DYNAMO_ONLY else "torchscript") for a in MORE if a not in NO_ONNX),
     ("llama", "transformers-static"),
 ]
 

@@ -3,19 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fuser.constants import Array
 from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.fx.table import At, Number, aten
 from fuser.graph import Value
 
 
-def _full(at: At, number: Number | bool) -> Value:
-    if not at.shape:
-        return at.scalar(number, at.dtype)
-    if isinstance(number, (int, float)):
-        return at.op("ConstantOfShape", shape=at.shape, value=Array.of([number], at.dtype))
-    return at.op("Expand", at.scalar(number, at.dtype), shape=at.shape)
+def _full(at: At, number: Number) -> Value:
+    return at.full(number, at.dtype, at.shape)
 
 
 @aten("full.default")

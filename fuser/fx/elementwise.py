@@ -15,7 +15,7 @@ _SAME = {
     "abs": "Abs", "acos": "Acos", "acosh": "Acosh", "asin": "Asin", "asinh": "Asinh", "atan": "Atan", "atanh": "Atanh",
     "ceil": "Ceil", "cos": "Cos", "cosh": "Cosh", "erf": "Erf", "exp": "Exp", "floor": "Floor", "hardswish": "HardSwish",
     "log": "Log", "mish": "Mish", "neg": "Neg", "reciprocal": "Reciprocal", "relu": "Relu", "round": "Round",
-    "sigmoid": "Sigmoid", "sign": "Sign", "sin": "Sin", "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh",
+    "sigmoid": "Sigmoid", "sin": "Sin", "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh",
 }  # fmt: skip
 _EXACT = frozenset({"Ceil", "Floor", "Round"})  # what integers are already
 
@@ -36,6 +36,18 @@ for _name, _op in _SAME.items():
 @aten("rsqrt.default")
 def rsqrt(at: At, x: Value) -> Value:
     return at.op("Rsqrt", at.cast(x, at.dtype), domain=FUSER)
+
+
+@aten("sign.default")
+def sign(at: At, x: Value) -> Value:
+    """That of NaN is zero, which ONNX's Sign leaves open."""
+    if at.dtype is DType.BOOL:
+        return x
+    if not at.dtype.is_float:
+        return at.op("Sign", x)
+    zero = at.scalar(0, at.dtype)
+    above, below = (at.cast(at.op(op, x, zero), at.dtype) for op in ("Greater", "Less"))
+    return at.op("Sub", above, below)
 
 
 @aten("square.default")
@@ -61,6 +73,21 @@ def exp2(at: At, x: Value) -> Value:
 @aten("log2.default")
 def log2(at: At, x: Value) -> Value:
     return at.op("Mul", at.op("Log", at.cast(x, at.dtype)), at.constant(1 / math.log(2), at.dtype))
+
+
+@aten("log10.default")
+def log10(at: At, x: Value) -> Value:
+    return at.op("Mul", at.op("Log", at.cast(x, at.dtype)), at.constant(1 / math.log(10), at.dtype))
+
+
+@aten("trunc.default")
+def trunc(at: At, x: Value) -> Value:
+    return _toward_zero(at, x) if at.dtype.is_float else x
+
+
+def _toward_zero(at: At, x: Value) -> Value:
+    below = at.op("Less", x, at.constant(0, at.dtype))
+    return at.op("Where", below, at.op("Ceil", x), at.op("Floor", x))
 
 
 @aten("add.Tensor", "add.Scalar")
@@ -111,10 +138,7 @@ def div_rounded(at: At, x: Operand, y: Operand, rounding_mode: str | None = None
             return at.op("Floor", at.op("Div", a, b))
         return at.op("Div", at.op("Sub", a, at.op("Mod", a, b)), b)
     quotient = at.op("Div", a, b)
-    if not at.dtype.is_float:
-        return quotient
-    below = at.op("Less", quotient, at.constant(0, at.dtype))
-    return at.op("Where", below, at.op("Ceil", quotient), at.op("Floor", quotient))
+    return _toward_zero(at, quotient) if at.dtype.is_float else quotient
 
 
 @aten("floor_divide.default", "floor_divide.Scalar")
@@ -302,14 +326,14 @@ def hardsigmoid(at: At, x: Value) -> Value:
     return at.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)
 
 
-@aten("to.dtype", "to.dtype_layout", "to.device", "to.other", "to.prim_Device", "_to_copy.default", "type_as.default")
+@aten("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")
 def to(at: At, x: Value, *others: Any, **placement: Any) -> Value:
     """Of all it may say the type alone matters, which the result has."""
     return at.cast(x, at.dtype)
 
 
 @aten(
-    "alias.default", "clone.default", "contiguous.default", "detach.default", "detach_.default", "lift_fresh.default",
+    "alias.default", "clone.default", "contiguous.default", "detach.default", "detach_.default", 
     "lift_fresh_copy.default", "positive.default",
 )  # fmt: skip
 def same(at: At, x: Value) -> Value:

@@ -32,26 +32,42 @@ def export_module(
         InputError: the arguments do not fit the module, or its control flow depends on what tensors hold. The text
             names the place in the module's own source.
     """
-    shapes = dynamic
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise InputError(f"{type(module).__name__} cannot be captured: {error}") from None
+    # Inputs that are one tensor, or a parameter, are inputs all the same.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, dict(kwargs)))
+    whole, shapes = module, dynamic
     if dynamic is True:
-        shapes = _every_size(module, args, kwargs)
+        if bound.keys() >= kwargs.keys():
+            shapes = pytree.tree_map(_every_size, dict(bound))
+        else:  # torch does not find the shapes of what **kwargs takes
+            whole, args, kwargs = _Whole(module), (args, kwargs), {}
+            shapes = dict(zip(("args", "kwargs"), pytree.tree_map(_every_size, args), strict=True))
     elif dynamic is False:
         shapes = None
     try:
-        with evaluating(module), warnings.catch_warnings():
+        with evaluating(whole), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(whole, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch raises some dozen types, and a module whatever it likes
         raise InputError(_explained(module, error)) from None
 
 
-def _every_size(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+class _Whole(nn.Module):
+    """A module as a function of all its arguments at once."""
 
-    def sizes(leaf: Any) -> Any:
-        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
-    return {name: pytree.tree_map(sizes, given) for name, given in bound.arguments.items()}
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _every_size(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
 
 
 @contextmanager

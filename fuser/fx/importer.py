@@ -1,5 +1,6 @@
 """From an ExportedProgram to a Graph: every node by its row of the table, weights held, sizes turned into dims."""
 
+import copy
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from fuser.graph import FUSER, Graph, Origin, Value
 from fuser.tensors import Held
 
 OPSET = 23  # the first with Attention and RMSNormalization
+UNKNOWN = "there is no such operator in the table"
 DECOMPOSITIONS = 4  # times that what an operator is decomposed into is looked at again
 
 
@@ -53,11 +55,34 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
             break
         if table is None:
             table = torch.export.default_decompositions()
+        _refuse(
+            program.graph_module, {target for target in missing if target not in table and not _is_composite(target)}
+        )
         known = {target: table[target] for target in missing if target in table}
-        program = program.run_decompositions(known)
+        program = copy.copy(program)
+        # Checks of the inputs, which a graph has not; torch gets them wrong where forward takes *args.
+        program._guards_code = []
+        try:
+            program = program.run_decompositions(known)
+        except Exception as error:  # torch raises some dozen types
+            names = ", ".join(sorted(map(str, missing)))
+            raise UnsupportedOperator(f"{names}: torch cannot decompose it: {str(error).splitlines()[0]}") from error
         if not known and not any(_is_mutable(target) for target in missing):
             break
     return program
+
+
+def _refuse(module: GraphModule, targets: set[Any]) -> None:
+    """Raises UnsupportedOperator for the first call of one of the targets."""
+    for graph_module in module.modules():
+        for call in graph_module.graph.nodes if isinstance(graph_module, GraphModule) else ():
+            if call.op == "call_function" and call.target in targets:
+                raise UnsupportedOperator(f"{call.target}: {UNKNOWN} (at {place_of(call)})")
+
+
+def _is_composite(target: Any) -> bool:
+    """Whether an operator is made of others, or is another one in place."""
+    return _is_mutable(target) or target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _is_mutable(target: Any) -> bool:
@@ -180,7 +205,7 @@ class _Reader:
         name = str(target)
         row = ROWS.get(name)
         if row is None:
-            raise UnsupportedOperator("there is no such operator in the table")
+            raise UnsupportedOperator(UNKNOWN)
         keywords = KEYWORDS[name]
         given = {}
         for key, item in call.kwargs.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fuser.dims import Dim, Shape
+from fuser.dims import Dim, Shape, product
 from fuser.dtypes import DType
 from fuser.errors import UnsupportedOperator
 from fuser.fx.table import At, Number, aten, back, rank
@@ -31,9 +31,16 @@ def gather(at: At, x: Value, dim: int, index: Value, sparse_grad: bool = False) 
 
 @aten("take_along_dim.default")
 def take_along_dim(at: At, x: Value, indices: Value, dim: int | None = None) -> Value:
+    """Along an axis of what both are broadcast to, or in what both are flattened to."""
+    assert x.shape is not None and indices.shape is not None
     if dim is None:
-        raise UnsupportedOperator("take_along_dim of the flattened tensor")
-    return at.op("GatherElements", x, at.op("Expand", indices, shape=at.shape), axis=back(dim, rank(x)))
+        line = at.op("Reshape", x, shape=(product(x.shape),))
+        return at.op("GatherElements", line, at.op("Reshape", indices, shape=at.shape), axis=-1)
+    axis, wide = back(dim, rank(x)), list(at.shape)
+    wide[axis] = x.shape[axis]
+    x = x if x.shape == tuple(wide) else at.op("Expand", x, shape=tuple(wide))
+    indices = indices if indices.shape == at.shape else at.op("Expand", indices, shape=at.shape)
+    return at.op("GatherElements", x, indices, axis=axis)
 
 
 @aten("index.Tensor")
@@ -147,12 +154,26 @@ def scatter_add(at: At, x: Value, dim: int, index: Value, src: Value) -> Value:
     return _scattered(at, x, dim, index, src, "add")
 
 
+@aten("scatter_reduce.two")
+def scatter_reduce(
+    at: At, x: Value, dim: int, index: Value, src: Value, reduce: str, include_self: bool = True
+) -> Value:  # fmt: skip
+    reductions = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
+    if reduce not in reductions or not include_self:
+        raise UnsupportedOperator(f"scatter_reduce to the {reduce}" + ("" if include_self else " of what is written"))
+    return _scattered(at, x, dim, index, src, reductions[reduce])
+
+
 @aten("index_add.default")
 def index_add(at: At, x: Value, dim: int, index: Value, source: Value, alpha: Number = 1) -> Value:
-    if dim % rank(x) or alpha != 1:
-        raise UnsupportedOperator("index_add along other than the first axis")
-    rows = at.op("Unsqueeze", index, axes=(1,))
-    return at.op("ScatterND", x, rows, source, reduction="add")
+    assert source.shape is not None
+    axis = back(dim, rank(x))
+    added = source if alpha == 1 else at.op("Mul", source, at.scalar(alpha, at.dtype))
+    if axis == -rank(x):
+        return at.op("ScatterND", x, at.op("Unsqueeze", index, axes=(1,)), added, reduction="add")
+    column = at.op("Unsqueeze", index, axes=tuple(range(1, -axis))) if axis != -1 else index
+    everywhere = at.op("Expand", column, shape=source.shape)
+    return at.op("ScatterElements", x, everywhere, added, axis=axis, reduction="add")
 
 
 @aten("nonzero.default")

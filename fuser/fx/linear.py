@@ -8,7 +8,7 @@ import torch
 from fuser.constants import Transposed
 from fuser.errors import UnsupportedOperator
 from fuser.fx.table import At, Number, aten, rank
-from fuser.graph import Value
+from fuser.graph import FUSER, Value
 from fuser.tensors import Held
 
 
@@ -97,15 +97,29 @@ def _layer_norm(
     return at.ops("LayerNormalization", outputs, x, gain, bias, axis=-len(shape), epsilon=float(eps))
 
 
+@aten("batch_norm.default")
+def batch_norm(
+    at: At, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, variance: Value | None,
+    training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Value:  # fmt: skip
+    """By the statistics that were kept: a scale and a shift of each channel."""
+    if training or mean is None or variance is None:
+        raise UnsupportedOperator("batch_norm by the statistics of the batch; call module.eval() first")
+    by = at.op("Rsqrt", at.op("Add", variance, at.scalar(eps, at.dtype)), domain=FUSER)
+    by = by if weight is None else at.op("Mul", by, weight)
+    shift = at.op("Neg", at.op("Mul", mean, by))
+    shift = shift if bias is None else at.op("Add", shift, bias)
+    inner = tuple(range(1, rank(x) - 1))
+    columns = [at.op("Unsqueeze", part, axes=inner) if inner else part for part in (by, shift)]
+    return at.op("Add", at.op("Mul", x, columns[0]), columns[1])
+
+
 @aten("group_norm.default")
 def group_norm(
     at: At, x: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Value:  # fmt: skip
     assert x.shape is not None and x.dtype is not None
-    channels = x.shape[1]
-    if not isinstance(channels, int):
-        raise UnsupportedOperator("group_norm over channels whose number is not fixed")
-    gain = weight if weight is not None else at.filled(1, x.dtype, (channels,))
-    shift = bias if bias is not None else at.filled(0, x.dtype, (channels,))
+    gain = weight if weight is not None else at.full(1, x.dtype, x.shape[1:2])
+    shift = bias if bias is not None else at.full(0, x.dtype, x.shape[1:2])
     return at.op("GroupNormalization", x, gain, shift, num_groups=num_groups, epsilon=float(eps))

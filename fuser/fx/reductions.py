@@ -1,8 +1,10 @@
 """Reductions, scans, the softmax family, and ordering."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from fuser import dims
 from fuser.dims import Dim
 from fuser.dtypes import DType
 from fuser.errors import UnsupportedOperator
@@ -13,6 +15,8 @@ Axes = int | Sequence[int] | None
 
 
 def _reduced(at: At, op: str, x: Value, dim: Axes, keepdim: bool) -> Value:
+    if x.shape is None:
+        at.settle()
     if not rank(x):
         return x
     return at.op(op, x, axes=axes_of(dim, rank(x)), keepdims=int(keepdim))
@@ -55,14 +59,17 @@ def logsumexp(at: At, x: Value, dim: Axes, keepdim: bool = False) -> Value:
 
 @aten("linalg_vector_norm.default")
 def vector_norm(at: At, x: Value, ord: Number = 2, dim: Axes = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    x = at.cast(x, at.dtype)
+    if ord in (math.inf, -math.inf):
+        return _reduced(at, "ReduceMax" if ord == math.inf else "ReduceMin", at.op("Abs", x), dim, keepdim)
     if ord not in (1, 2):
         raise UnsupportedOperator(f"a vector norm of order {ord}")
-    return _reduced(at, f"ReduceL{int(ord)}", at.cast(x, at.dtype), dim, keepdim)
+    return _reduced(at, f"ReduceL{int(ord)}", x, dim, keepdim)
 
 
 @aten("var.correction")
 def var(at: At, x: Value, dim: Axes = None, correction: Number | None = None, keepdim: bool = False) -> Value:
-    """The mean of squares about the mean, corrected where the count is fixed."""
+    """The mean of squares about the mean, or their sum by a corrected count."""
     assert x.shape is not None
     axes = axes_of(dim, rank(x))
     about = at.op("Sub", x, at.op("ReduceMean", x, axes=axes, keepdims=1))
@@ -70,14 +77,10 @@ def var(at: At, x: Value, dim: Axes = None, correction: Number | None = None, ke
     lost = 1 if correction is None else correction
     if lost == 0:
         return _reduced(at, "ReduceMean", squares, dim, keepdim)
-    count = 1
-    for axis in axes:
-        size = x.shape[axis]
-        if not isinstance(size, int):
-            raise UnsupportedOperator("a corrected variance over an axis whose size is not fixed")
-        count *= size
     total = at.op("ReduceSum", squares, axes=axes, keepdims=int(keepdim))
-    return at.op("Div", total, at.scalar(max(0, count - lost), at.dtype))
+    count = at.scalar(dims.product([x.shape[axis] for axis in axes]), at.dtype)
+    kept = at.op("Max", at.op("Sub", count, at.scalar(lost, at.dtype)), at.scalar(0, at.dtype))
+    return at.op("Div", total, kept)
 
 
 @aten("amax.default")

@@ -7,7 +7,6 @@ from fuser import dims
 from fuser.content import FAR
 from fuser.dims import Dim
 from fuser.dtypes import DType
-from fuser.errors import UnsupportedOperator
 from fuser.fx.table import At, Number, aten, axes_of, back, rank
 from fuser.graph import Value
 
@@ -69,6 +68,14 @@ def movedim(at: At, x: Value, source: int, destination: int) -> Value:
 @aten("expand.default", "expand_as.default", "broadcast_to.default")
 def expand(at: At, x: Value, *how: Any, implicit: bool = False) -> Value:
     return at.op("Expand", x, shape=at.shape)
+
+
+@aten("copy.default")
+def copy(at: At, x: Value, source: Value, non_blocking: bool = False) -> Value:
+    """What is written over `x` whole."""
+    assert x.shape is not None
+    source = at.cast(source, at.dtype)
+    return source if source.shape == x.shape else at.op("Expand", source, shape=x.shape)
 
 
 @aten("cat.default", "concat.default")
@@ -133,13 +140,16 @@ def slice_scatter(
 ) -> Value:
     """What is written, between what is before and after it."""
     assert x.shape is not None and part.shape is not None
-    if step != 1:
-        raise UnsupportedOperator("slice_scatter with a step")
     axis, size = back(dim, rank(x)), x.shape[dim]
     first: Dim = 0 if start is None else start
     if isinstance(first, int) and first < 0:
         first = dims.maximum(0, dims.add(size, first))
-    last = dims.add(first, part.shape[axis])
+    last = dims.add(first, dims.mul(step, part.shape[axis]))
+    if step != 1:
+        places = at.op("Range", *(at.scalar(bound, DType.INT64) for bound in (first, last, step)))
+        column = at.op("Unsqueeze", places, axes=tuple(range(1, -axis))) if axis != -1 else places
+        everywhere = at.op("Expand", column, shape=part.shape)
+        return at.op("ScatterElements", x, everywhere, at.cast(part, at.dtype), axis=axis)
     pieces = [at.cast(part, at.dtype)]
     if first != 0:
         pieces.insert(0, sliced(at, x, axis, 0, first))
@@ -194,15 +204,18 @@ def flip(at: At, x: Value, dim: Sequence[int]) -> Value:
 
 @aten("roll.default")
 def roll(at: At, x: Value, shifts: Sequence[Dim], axes: Sequence[int] = ()) -> Value:
-    if len(shifts) != len(axes) or not all(isinstance(shift, int) for shift in shifts):
-        raise UnsupportedOperator("roll of the flattened tensor")
+    """Without axes, of all elements in a row."""
+    assert x.shape is not None
+    if not axes:
+        line = reshaped(at, x, (dims.product(x.shape),))
+        at.settle()
+        return reshaped(at, roll(at, line, shifts, (0,)), at.shape)
     for shift, dim in zip(shifts, axes, strict=True):
-        assert isinstance(shift, int) and x.shape is not None
-        size, axis = x.shape[dim], back(dim, rank(x))
-        if not isinstance(size, int):
-            raise UnsupportedOperator("roll along an axis whose size is not fixed")
-        cut = -shift % max(1, size)
-        if cut:
+        assert x.shape is not None
+        axis, size = back(dim, rank(x)), dims.maximum(1, x.shape[dim])
+        turned = dims.mul(-1, shift)
+        cut = dims.sub(turned, dims.mul(size, dims.floordiv(turned, size)))
+        if cut != 0:
             x = at.op("Concat", sliced(at, x, axis, cut, FAR), sliced(at, x, axis, 0, cut), axis=axis)
             at.settle()
     return x

@@ -156,6 +156,14 @@ class At:
         """A constant of one number in every element."""
         return self.constant(np.full(shape, number).tolist(), dtype)
 
+    def full(self, number: Number, dtype: DType, shape: Shape) -> Value:
+        """A number, or a size, in every element of a shape."""
+        if not shape:
+            return self.scalar(number, dtype)
+        if isinstance(number, (int, float)):
+            return self.op("ConstantOfShape", shape=shape, value=Array.of([number], dtype))
+        return self.op("Expand", self.scalar(number, dtype), shape=shape)
+
     def held(self, constant: Constant, stem: str) -> Value:
         """A constant that is there already: a weight, or one seen in another way. One value for each."""
         key = (stem, constant.key)
