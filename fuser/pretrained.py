@@ -53,8 +53,9 @@ class Decoder(nn.Module):
         past = others[1:] if self.positions else others
         # Made without a config, a layer with a window keeps all it has seen, and the mask alone says what it sees.
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        given = {"position_ids": others[0]} if self.positions else {}
-        out = self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
+        given: dict[str, Any] = {"position_ids": others[0]} if self.positions else {}
+        given |= {"attention_mask": attention_mask, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        out = self.model(input_ids, **given)
         return out[self.main], *(state for layer in cache.layers for state in (layer.keys, layer.values))
 
 
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
         self.model, self.inputs, self.outputs = model, inputs, outputs
 
     def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
-        out = self.model(**dict(zip(self.inputs, tokens, strict=True)))
+        out = self.model(**dict(zip(self.inputs, tokens, strict=True)), return_dict=True)
         return tuple(out[name] for name in self.outputs)
 
 
@@ -106,7 +107,8 @@ class Pretrained(Compilation):
             raise UnsupportedOperator(f"{type(self.module).__name__}: encoders with a decoder are not compiled yet")
         one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with evaluating(self.module):
-            out = self.module(input_ids=one, **({"use_cache": True} if "past_key_values" in parameters else {}))
+            asked = {"use_cache": True} if "past_key_values" in parameters else {}
+            out = self.module(input_ids=one, return_dict=True, **asked)
         self.kind = type(out)
         cache = getattr(out, "past_key_values", None)
         self.is_decoder = cache is not None and hasattr(cache, "layers")
