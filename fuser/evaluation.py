@@ -32,6 +32,8 @@ def evaluate(
         FuserError: the operator, or this use of it, is outside the table.
     """
     attributes = {name: _plain(value, symbols) for name, value in node.attributes.items()}
+    if node.is_a("Reshape") and "shape" in attributes:
+        attributes |= _sized(node, attributes, inputs[0])
     if node.carried:
         raise UnsupportedOperator(f"{node.op} carries attributes fuser does not interpret")
     if node.domain != FUSER:
@@ -43,6 +45,19 @@ def evaluate(
     if node.op == "Dims":
         return [torch.tensor(attributes["dims"], dtype=torch.int64)]
     return list(REGISTRY[node.op].evaluate(inputs, attributes))
+
+
+def _sized(node: Node, attributes: Mapping[str, Any], x: torch.Tensor | None) -> dict[str, Any]:
+    """A Reshape's target where a dim that is computed turns out to be 0: a size, not the sign to keep the input's."""
+    stated, shape = node.attributes["shape"], attributes["shape"]
+    if x is None or not any(size == 0 and not isinstance(dim, int) for dim, size in zip(stated, shape, strict=True)):
+        return {}
+    keeps = not attributes.get("allowzero", 0)
+    kept = [
+        x.shape[axis] if keeps and isinstance(dim, int) and dim == 0 else size
+        for axis, (dim, size) in enumerate(zip(stated, shape, strict=True))
+    ]
+    return {"shape": kept, "allowzero": 1}
 
 
 def _plain(value: Any, symbols: Symbols) -> Any:

@@ -19,12 +19,23 @@ def attention(
     if {rank(q), rank(k), rank(v)} not in ({3}, {4}):
         raise UnsupportedOperator(f"attention over queries of {rank(q)} dims")
     options: dict[str, Any] = {"is_causal": int(is_causal)} | ({} if scale is None else {"scale": float(scale)})
+    attn_mask = None if attn_mask is None else _of_every_key(at, attn_mask, k)
     if rank(q) == 4:
         return at.op("Attention", q, k, v, attn_mask, **options)
     one_head = [at.op("Unsqueeze", x, axes=(1,)) for x in (q, k, v)]
     if attn_mask is not None and rank(attn_mask) == 3:
         attn_mask = at.op("Unsqueeze", attn_mask, axes=(1,))
     return at.op("Squeeze", at.op("Attention", *one_head, attn_mask, **options), axes=(1,))
+
+
+def _of_every_key(at: At, mask: Value, k: Value) -> Value:
+    """A mask that broadcasts over keys, repeated: what a shorter one does not reach, ONNX forbids."""
+    assert mask.shape is not None and k.shape is not None
+    if not mask.shape or mask.shape[-1] != 1 or k.shape[-2] == 1:
+        return mask
+    repeated = at.op("Expand", mask, shape=(*mask.shape[:-1], k.shape[-2]))
+    at.settle()
+    return repeated
 
 
 @aten("_scaled_dot_product_flash_attention_for_cpu.default")
