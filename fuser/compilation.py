@@ -183,8 +183,12 @@ def compared(module: nn.Module, graph: Graph, cases: Mapping[str, tuple[Run, Run
         return Verification(skipped=f"its weights exceed {limit} MiB; every rewrite was proven by itself")
     found = Verification(tolerance=TOLERANCE.get(coarsest(graph), 2e-5))
     for name, (original, fused) in cases.items():
-        with evaluating(module):
-            expected = pytree.tree_leaves(original())
+        try:
+            with evaluating(module):
+                expected = pytree.tree_leaves(original())
+        except Exception as error:  # whatever a module raises
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{type(module).__name__} itself fails on {name} inputs: {told}") from error
         pairs = zip(pytree.tree_leaves(fused()), expected, strict=True)
         errors = [relative_error(a, b) for a, b in pairs if isinstance(b, Tensor)]
         found.cases[name] = worst = max(errors, default=0.0)

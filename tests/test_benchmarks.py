@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import fuser
 from tests import zoo
-from tests.benchmarks import decode
+from tests.benchmarks import decode, front_door
+from tests.test_coverage import LLAMA
 
 
 @pytest.mark.slow
@@ -47,3 +49,19 @@ def test_failures_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert rows[2].reason.startswith("decode: differs by ")
     text = decode.section(torchscript, rows)
     assert "no such thing" in text and "differs by" in text
+
+
+@pytest.mark.parametrize("buffers", ["cpu", "meta"])
+def test_front_door(buffers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All is fused without a single weight; a table of cosines is recognised by its frequencies, where they are known."""
+    report = front_door.measured(front_door.model(2, buffers=buffers))
+    assert report.fused == {kind: n for kind, n in LLAMA.items() if buffers == "cpu" or kind != "rotary_table"}
+    assert report.misses == [] and report.checked
+    front_door.main(["--layers", "1", "--buffers", buffers, "--profile", "5"])
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in (*report.stages_s, "all but export")) and "cumtime" in printed
+
+
+def test_a_model_without_weights_is_not_run() -> None:
+    with pytest.raises(fuser.InputError, match="without its weights"):
+        fuser.compile(front_door.model(1).model)

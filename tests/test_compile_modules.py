@@ -128,6 +128,14 @@ class Indexed(Layer):
         return y
 
 
+class Chosen(Layer):
+    """Of a size that depends on what a tensor holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x[x > 0]
+        return torch.zeros(y.shape[0], 2) + y[:, None]
+
+
 F64 = torch.float64
 CASES: list[tuple[type[nn.Module], tuple[Any, ...], dict[str, Any]]] = [
     (Mapped, (torch.randn(3, 4, 6),), {}),
@@ -152,6 +160,7 @@ CASES: list[tuple[type[nn.Module], tuple[Any, ...], dict[str, Any]]] = [
     (Numbers, (torch.randn(3, 6), 2.5), {"kind": "plain"}),
     (Numbers, (torch.randn(3, 6), 2.5, 3), {"kind": "other"}),
     (Indexed, (torch.randn(3, 6),), {}),
+    (Chosen, (torch.randn(3, 6),), {}),
 ]
 
 

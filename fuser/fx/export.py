@@ -4,7 +4,7 @@ import inspect
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def export_module(
             warnings.simplefilter("ignore")
             return torch.export.export(whole, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch raises some dozen types, and a module whatever it likes
-        raise InputError(_explained(module, error)) from None
+        raise InputError(_explained(module, error, pytree.tree_leaves((args, kwargs)))) from None
 
 
 class _Whole(nn.Module):
@@ -84,7 +84,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _explained(module: nn.Module, error: Exception) -> str:
+def _explained(module: nn.Module, error: Exception, given: Sequence[Any]) -> str:
     """What went wrong in one or two lines, and where in the module's source."""
     name = type(module).__name__
     text = " ".join(str(error).split())
@@ -95,7 +95,9 @@ def _explained(module: nn.Module, error: Exception) -> str:
     else:
         text = text[:200] + ("..." if len(text) > 200 else "")
     place = _place(error)
-    return f"{name} cannot be captured: {text or kind}" + (f" (at {place})" if place else "")
+    tensors = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in given if isinstance(x, Tensor)]
+    on = f" on {', '.join(tensors[:4])}{', ...' if len(tensors) > 4 else ''}" if tensors else ""
+    return f"{name} cannot be captured{on}: {text or kind}" + (f" (at {place})" if place else "")
 
 
 def _place(error: Exception) -> str:

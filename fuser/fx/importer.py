@@ -3,6 +3,7 @@
 import copy
 import operator
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.fx import Node as Call
 
 from fuser.errors import InputError, UnsupportedOperator
 from fuser.fx import attention, creation, elementwise, indexing, linear, reductions, shapes  # noqa: F401  enter their rows
+from fuser.fx.export import TORCH
 from fuser.fx.sizes import Sizes, dim_names
 from fuser.fx.table import KEYWORDS, PLACEMENT, ROWS, At, dtype_of
 from fuser.graph import FUSER, Graph, Origin, Value
@@ -63,7 +65,9 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         # Checks of the inputs, which a graph has not; torch gets them wrong where forward takes *args.
         program._guards_code = []
         try:
-            program = program.run_decompositions(known)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = program.run_decompositions(known)
         except Exception as error:  # torch raises some dozen types
             names = ", ".join(sorted(map(str, missing)))
             raise UnsupportedOperator(f"{names}: torch cannot decompose it: {str(error).splitlines()[0]}") from error
@@ -81,8 +85,11 @@ def _refuse(module: GraphModule, targets: set[Any]) -> None:
 
 
 def _is_composite(target: Any) -> bool:
-    """Whether an operator is made of others, or is another one in place."""
-    return _is_mutable(target) or target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    """Whether an operator is made of others, or is one of ATen in place."""
+    if target.namespace == "aten" and _is_mutable(target):
+        return True
+    composite: bool = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return composite
 
 
 def _is_mutable(target: Any) -> bool:
@@ -117,7 +124,9 @@ def _check_mutations(program: ExportedProgram) -> None:
     for spec in program.graph_signature.output_specs:
         if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION):
             kind = spec.kind.name.lower().removesuffix("_mutation").replace("_", " ")
-            raise InputError(f"the module changes its {kind} '{spec.target}' in place; give the new value as an output")
+            calls = [call for call in program.graph.nodes if call.name == spec.arg.name and call.op == "call_function"]
+            place = f" (at {place_of(calls[0])})" if calls else ""
+            raise InputError(f"the module changes its {kind} '{spec.target}'{place}; give the new value as an output")
 
 
 class _Reader:
@@ -285,5 +294,6 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 def place_of(call: Call) -> str:
     """Where a node stands, for people: module path and source line."""
     frames = _FRAME.findall(call.meta.get("stack_trace") or "")
-    parts = [f"module '{module_of(call)}'"] + [f"{file}:{line}" for file, line in frames[-1:]]
+    own = [(file, line) for file, line in frames if not file.startswith((TORCH, "<"))]
+    parts = [f"module '{module_of(call)}'"] + [f"{file}:{line}" for file, line in (own or frames)[-1:]]
     return ", ".join(parts)
