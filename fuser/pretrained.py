@@ -71,6 +71,10 @@ class Encoder(nn.Module):
         return tuple(out[name] for name in self.outputs)
 
 
+def _run(made: Linked, *given: Tensor) -> list[Tensor]:
+    return made.executor(*given)
+
+
 class Uncompiled(Exception):
     """A call is of a form that is not compiled; the text says which."""
 
@@ -169,8 +173,8 @@ class Pretrained(Compilation):
         if self.options.verify:
             with stage(report, "verify", self.options.note):
                 drawn = {name: tuple(self._drawn(*step)) for name, step in self._steps().items()}
-                cases = {name: (partial(flat, *given), partial(made.executor, *given)) for name, given in drawn.items()}
-                report.verification = compared(self.module, made.graph, cases)
+                cases = {name: (partial(flat, *given), partial(_run, made, *given)) for name, given in drawn.items()}
+                report.verification = compared(self.module, made, cases)
         return made
 
     def _has_experts(self) -> bool:

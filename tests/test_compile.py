@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import fuser
+from fuser.errors import InputError
 from tests import architectures
 from tests.architectures import ARCHITECTURES, V
 from tests.test_coverage import EXPECTED, LLAMA
@@ -268,3 +269,17 @@ def test_it_is_the_model_it_was() -> None:
     with pytest.raises(fuser.UsageError, match="inference"):
         made.train()
     assert "rms_norm" in made.explain()
+
+
+def test_without_weights() -> None:
+    """On the meta device a model is fused all the same, to be read; calling it is one error."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", num_hidden_layers=2, vocab_size=100)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    compiled = fuser.compile(model)
+    assert {"rotary_cache_write": 2, "attention": 2, "qkv_linear": 2}.items() <= compiled.report.fused.items()
+    assert "no elements" in compiled.report.verification.skipped
+    with pytest.raises(InputError, match="without its weights"):
+        compiled(torch.zeros(1, 3, dtype=torch.int64, device="meta"))
