@@ -182,14 +182,14 @@ def _run(source: Source, kernel: Linear) -> None:
         eps = ["eps"] if kernel.norm else []
         with source.block("if M == 1:"):
             source(
-                "BLOCK_N, BLOCK_K, warps = block_n or 4, block_k or 1024, num_warps or 4",
+                "BLOCK_N, BLOCK_K, warps = block_n or 1, block_k or 2048, num_warps or 8",
                 "BLOCK_K = min(BLOCK_K, triton.next_power_of_2(K))",
             )
             _launch(source, "one_row", [*arguments], ["N", "K", *eps, "BLOCK_N", "BLOCK_K"], stages=2)
         with source.block("else:"):
             source(
                 "BLOCK_M = max(16, triton.next_power_of_2(M))",
-                "BLOCK_N, BLOCK_K, warps = block_n or 32, block_k or 128, num_warps or 4",
+                f"BLOCK_N, BLOCK_K, warps = block_n or {64 if kernel.norm else 32}, block_k or 128, num_warps or 4",
                 "BLOCK_K = max(16, min(BLOCK_K, triton.next_power_of_2(K)))",
             )
             _launch(

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def measure() -> Iterator[Row]:
             for config in ONE_ROW if M == 1 else SEVERAL:
                 try:
                     call(kernel, given, EPS, out, **config)
-                    found.append((seconds(lambda: call(kernel, given, EPS, out, **config)), config))
+                    found.append((seconds(partial(call, kernel, given, EPS, out, **config)), config))
                 except Exception as error:  # a configuration that does not fit the card is one less
                     failed += 1
                     print(f"{name} {M} {config}: {str(error)[:100]}", file=sys.stderr)
@@ -101,7 +102,7 @@ def measure() -> Iterator[Row]:
             call(kernel, given, EPS, out, **config)
             error = relative_error(out, expected(kernel, given, EPS))
             moved = sum(tensor.nbytes for tensor in given.values()) + out.nbytes
-            torch_s = seconds(lambda: torch_side(kernel, given))
+            torch_s = seconds(partial(torch_side, kernel, given))
             settings = ", ".join(f"{key} {value}" for key, value in config.items())
             yield Row(name, M, best * 1e6, torch_s * 1e6, moved / best, top, settings, error, failed)
 
