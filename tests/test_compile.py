@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import fuser
 from tests import architectures
 from tests.architectures import ARCHITECTURES, V
-from tests.test_coverage import EXPECTED, LLAMA
+from tests.test_coverage import EXPECTED, LLAMA, MISSES, MORE
 
 TOLERANCE = 2e-5  # relative, norm-wise, float32
 DECODERS = [name for name, spec in ARCHITECTURES.items() if spec.causal] + ["mixtral"]
@@ -148,6 +148,38 @@ def test_generates_the_same_tokens(architecture: str, padding: int) -> None:
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     assert torch.equal(made.generate(ids, **options), model.generate(ids, **options))
     assert not made._compilation.fallbacks
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *(name for name in MORE if name not in ("llama_dynamic", "llama_counting")),
+        "gemma3",
+        "smollm3",
+        "opt",
+        "bloom",
+        "falcon",
+    ],
+)
+def test_more_architectures(architecture: str) -> None:
+    """Rotary embedding in all its forms, norms in other places, ALiBi: what is demanded of their exports to ONNX."""
+    model, made = pair(architecture)
+    assert set(made.report.fused) >= MORE.get(architecture, set())
+    if architecture in MORE:
+        assert [miss.fusion for miss in made.report.misses] == MISSES.get(architecture, [])
+    wanted, got = step(model, made, *STEPS["chunk"], CACHES["configured"])
+    assert error_of(got.logits, wanted.logits) <= TOLERANCE
+    ids, mask = tokens(2, 7, 3)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(made.generate(ids, **options), model.generate(ids, **options))
+    assert not made._compilation.fallbacks
+
+
+def test_frequencies_that_depend_on_the_longest_position() -> None:
+    with pytest.raises(
+        fuser.InputError, match=r"control flow depends on what a tensor holds .*modeling_rope_utils.py:\d+"
+    ):
+        fuser.compile(architectures.model("llama_dynamic"))
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=["beams", "samples"])
