@@ -177,7 +177,7 @@ def test_more_architectures(architecture: str) -> None:
 
 def test_frequencies_that_depend_on_the_longest_position() -> None:
     with pytest.raises(
-        fuser.InputError, match=r"control flow depends on what a tensor holds .*modeling_rope_utils.py:\d+"
+        fuser.InputError, match=r"control flow depends on what a tensor holds .at .*modeling_rope_utils.py:\d+"
     ):
         fuser.compile(architectures.model("llama_dynamic"))
 
