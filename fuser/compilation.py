@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, SymIntArgument
+from torch.export.graph_signature import ConstantArgument, OutputKind, SymIntArgument
 from torch.utils import _pytree as pytree
 
 from fuser.checking import relative_error
@@ -150,7 +150,8 @@ class Compilation:
         with stage(report, "export", self.options.note):
             program = export_module(self.module, args, kwargs, self.options.dynamic)
         made = linked(program, report, self.options)
-        outputs = tuple(_place(spec.arg) for spec in program.graph_signature.output_specs)
+        specs = program.graph_signature.output_specs
+        outputs = tuple(_place(spec.arg) for spec in specs if spec.kind is OutputKind.USER_OUTPUT)
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
         variant = Variant(made.graph, report, made.linked, outputs, out_spec)

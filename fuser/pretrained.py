@@ -278,6 +278,11 @@ class Pretrained(Compilation):
         cache = given.get("past_key_values")
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.config)
+        others = {type(layer).__name__ for layer in getattr(cache, "layers", ())} - {*LAYERS}
+        if others or not (cache is None or hasattr(cache, "layers")):
+            raise Uncompiled(
+                f"its cache is a {type(cache).__name__}" + "".join(f" of {kind}" for kind in sorted(others))
+            )
         P = 0 if cache is None else cache.get_seq_length()
         mask = given.get("attention_mask")
         if mask is None:
@@ -302,8 +307,6 @@ class Pretrained(Compilation):
         """The keys and values of P tokens before; those that a window no longer sees are zeros, which the mask hides."""
         if cache is None or not P:
             return [torch.zeros(B, H, 0, width, dtype=dtype, device=self.device) for H, width, dtype in self.states]
-        if not all(type(layer).__name__ in LAYERS for layer in cache.layers):
-            raise Uncompiled(f"its cache has layers of {type(cache.layers[0]).__name__}")
         found = []
         for layer in cache.layers:
             for state in (layer.keys, layer.values):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import fuser
 from fuser.errors import InputError
 from tests import architectures
 from tests.architectures import ARCHITECTURES, V
-from tests.test_coverage import EXPECTED, LLAMA
+from tests.test_coverage import EXPECTED, LLAMA, MISSES, MORE
 
 TOLERANCE = 2e-5  # relative, norm-wise, float32
 DECODERS = [name for name, spec in ARCHITECTURES.items() if spec.causal] + ["mixtral"]
@@ -151,15 +151,70 @@ def test_generates_the_same_tokens(architecture: str, padding: int) -> None:
     assert not made._compilation.fallbacks
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=["beams", "samples"])
-def test_generates_in_other_ways(options: dict[str, Any]) -> None:
-    model, made = pair("llama")
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *(name for name in MORE if name not in ("llama_dynamic", "llama_counting")),
+        "gemma3",
+        "smollm3",
+        "opt",
+        "bloom",
+        "falcon",
+    ],
+)
+def test_more_architectures(architecture: str) -> None:
+    """Rotary embedding in all its forms, norms in other places, ALiBi: what is demanded of their exports to ONNX."""
+    model, made = pair(architecture)
+    assert set(made.report.fused) >= MORE.get(architecture, set())
+    if architecture in MORE:
+        assert [miss.fusion for miss in made.report.misses] == MISSES.get(architecture, [])
+    wanted, got = step(model, made, *STEPS["chunk"], CACHES["configured"])
+    assert error_of(got.logits, wanted.logits) <= TOLERANCE
     ids, mask = tokens(2, 7, 3)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(made.generate(ids, **options), model.generate(ids, **options))
+    assert not made._compilation.fallbacks
+
+
+def test_frequencies_that_depend_on_the_longest_position() -> None:
+    with pytest.raises(
+        fuser.InputError, match=r"control flow depends on what a tensor holds .at .*modeling_rope_utils.py:\d+"
+    ):
+        fuser.compile(architectures.model("llama_dynamic"))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+    "samples": {"do_sample": True, "top_k": 5},
+    "penalty": {"repetition_penalty": 1.3, "do_sample": False},
+    "no cache": {"use_cache": False, "do_sample": False},
+    "lookup": {"prompt_lookup_num_tokens": 2, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_generates_in_other_ways(architecture: str, way: str) -> None:
+    model, made = pair(architecture)
+    ids, mask = tokens(1 if way == "lookup" else 2, 7, 3)
     found = []
     for one in (model, made):
         torch.manual_seed(3)
-        found.append(one.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **options))
+        found.append(one.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **WAYS[way]))
     assert torch.equal(*found)
+    assert not made._compilation.fallbacks
+
+
+def test_a_static_cache_runs_uncompiled() -> None:
+    model, ids = architectures.model("mistral"), tokens(1, 5)[0]
+    made = fuser.compile(model)
+    with pytest.warns(UserWarning, match="cache is a StaticCache"):
+        got = made(ids, past_key_values=StaticCache(config=model.config, max_cache_len=12))
+    assert torch.equal(
+        got.logits, model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=12)).logits
+    )
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    assert torch.equal(made.generate(ids, **options), model.generate(ids, **options))
 
 
 def test_calls_as_people_write_them() -> None:

@@ -196,12 +196,13 @@ CAPTURES = {
 
 
 @pytest.mark.parametrize("kind", CAPTURES)
-def test_modules_that_are_not_captured(kind: type[nn.Module]) -> None:
+def test_modules_that_are_not_captured(kind: type[nn.Module], capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError) as told:
         export_module(Outer(kind()), (torch.randn(3, 6),), {})
     text = str(told.value)
     assert text.startswith("Outer cannot be captured") and CAPTURES[kind] in text and place(kind) in text, text
     assert "\n" not in text and len(text) < 500
+    assert capfd.readouterr() == ("", ""), "torch says it in its own words as well"
 
 
 @pytest.mark.parametrize(

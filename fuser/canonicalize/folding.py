@@ -53,6 +53,21 @@ def _negative_axis(graph: Graph, node: Node) -> bool:
     return True
 
 
+@rule("Unsqueeze")
+def _new_axis(graph: Graph, node: Node) -> bool:
+    """Axes that are new count from the front, but a last one is -1."""
+    axes, shape = node.attributes.get("axes"), node.output.shape
+    if not isinstance(axes, tuple) or shape is None:
+        return False
+    rank = len(shape)
+    counted = sorted(axis % rank for axis in axes)
+    plain = tuple(-1 if axis == rank - 1 > 0 else axis for axis in counted)
+    if plain == axes:
+        return False
+    node.attributes["axes"] = plain
+    return True
+
+
 @rule()
 def _known_content(graph: Graph, node: Node) -> bool:
     """Shape arithmetic gives way to the dims it computes."""

@@ -23,12 +23,23 @@ def full_like(at: At, x: Value, fill_value: Number, dtype: Any = None) -> Value:
     return _full(at, fill_value)
 
 
+@aten("fill.Scalar")
+def fill(at: At, x: Value, value: Number) -> Value:
+    return _full(at, value)
+
+
+@aten("fill.Tensor")
+def fill_with(at: At, x: Value, value: Value) -> Value:
+    number = at.cast(value, at.dtype)
+    return at.op("Expand", number, shape=at.shape) if at.shape else number
+
+
 @aten("new_full.default")
 def new_full(at: At, x: Value, size: Sequence[Dim], fill_value: Number, dtype: Any = None) -> Value:
     return _full(at, fill_value)
 
 
-@aten("zeros.default", "zeros_like.default", "new_zeros.default", "empty.memory_format", "empty_like.default",
+@aten("zeros.default", "zero.default", "zeros_like.default", "new_zeros.default", "empty.memory_format", "empty_like.default",
       "new_empty.default")  # fmt: skip
 def zeros(at: At, *how: Any, dtype: Any = None) -> Value:
     """What is not initialised is read by nobody; zeros do."""

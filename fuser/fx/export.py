@@ -1,7 +1,11 @@
 """torch.export, with one typed error for each thing that goes wrong."""
 
+import contextlib
 import inspect
-import re
+import io
+import logging
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +20,10 @@ from torch.utils import _pytree as pytree
 
 from fuser.errors import InputError
 
-TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent) + os.sep
+OURS = str(Path(__file__).parents[1]) + os.sep
+# Where torch.export logs what an error says again, and which sizes of an example are fixed.
+LOGGERS = ("torch.export._trace", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
 
 def export_module(
@@ -48,11 +55,31 @@ def export_module(
     elif dynamic is False:
         shapes = None
     try:
-        with evaluating(whole), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with evaluating(whole), _quiet():
             return torch.export.export(whole, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch raises some dozen types, and a module whatever it likes
         raise InputError(_explained(module, error, pytree.tree_leaves((args, kwargs)))) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export tells besides its errors, unless its logs were asked for; it prints whole graphs."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    loggers = [logger for logger in map(logging.getLogger, LOGGERS) if not logger.isEnabledFor(logging.INFO)]
+    printed = io.StringIO()
+    for logger in loggers:
+        logger.addFilter(refuse)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
+            warnings.simplefilter("ignore")
+            yield
+        sys.stderr.write(printed.getvalue())  # by the module itself
+    finally:
+        for logger in loggers:
+            logger.removeFilter(refuse)
 
 
 class _Whole(nn.Module):
@@ -90,8 +117,7 @@ def _explained(module: nn.Module, error: Exception, given: Sequence[Any]) -> str
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if "data-dependent" in text or "DataDependent" in kind or "Dynamic control flow" in text:
-        found = re.search(r"(?:evaluate|guard on data-dependent) expression\s*([^(]{1,80})", text)
-        text = "its control flow depends on what a tensor holds" + (f" ({found.group(1).strip()})" if found else "")
+        text = "its control flow depends on what a tensor holds"
     else:
         text = text[:200] + ("..." if len(text) > 200 else "")
     place = _place(error)
@@ -102,8 +128,6 @@ def _explained(module: nn.Module, error: Exception, given: Sequence[Any]) -> str
 
 def _place(error: Exception) -> str:
     """The innermost line of code that is neither torch's nor ours."""
-    ours = str(Path(__file__).parent)
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((TORCH, ours, "<"))]
-    calls = [frame for frame in own if "/fuser/" not in frame.filename]
-    return f"{calls[-1].filename}:{calls[-1].lineno}" if calls else ""
+    own = [frame for frame in frames if not frame.filename.startswith((TORCH, OURS, "<"))]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""

@@ -17,12 +17,14 @@ from torch.fx import Node as Call
 from fuser.errors import InputError, UnsupportedOperator
 from fuser.fx import attention, creation, elementwise, indexing, linear, reductions, shapes  # noqa: F401  enter their rows
 from fuser.fx.export import TORCH
+from fuser.fx.mutation import functional_forms
 from fuser.fx.sizes import Sizes, dim_names
 from fuser.fx.table import KEYWORDS, PLACEMENT, ROWS, At, dtype_of
 from fuser.graph import FUSER, Graph, Origin, Value
 from fuser.tensors import Held
 
 OPSET = 23  # the first with Attention and RMSNormalization
+MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
 UNKNOWN = "there is no such operator in the table"
 DECOMPOSITIONS = 4  # times that what an operator is decomposed into is looked at again
 
@@ -43,9 +45,7 @@ def import_program(
         UnsupportedOperator: an operator, or a form of one, that is outside the table; the text says where it stands.
         InputError: the program changes a buffer or an input.
     """
-    program = _functional(program)
-    _check_mutations(program)
-    return _Reader(program).read(inputs, outputs)
+    return _Reader(_functional(program)).read(inputs, outputs)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -102,10 +102,12 @@ def _missing(module: GraphModule) -> set[Any]:
     found: set[Any] = set()
     for graph_module in module.modules():
         if isinstance(graph_module, GraphModule):
+            functional = functional_forms(graph_module)
             found.update(
                 call.target
                 for call in graph_module.graph.nodes
                 if call.op == "call_function"
+                and call not in functional
                 and isinstance(call.target, torch._ops.OpOverload)
                 and str(call.target) not in ROWS
                 and (_makes_tensors(call) or _is_mutable(call.target))
@@ -118,15 +120,6 @@ def _makes_tensors(call: Call) -> bool:
     return isinstance(value, torch.Tensor) or (
         isinstance(value, (tuple, list)) and any(isinstance(part, torch.Tensor) for part in value)
     )
-
-
-def _check_mutations(program: ExportedProgram) -> None:
-    for spec in program.graph_signature.output_specs:
-        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION):
-            kind = spec.kind.name.lower().removesuffix("_mutation").replace("_", " ")
-            calls = [call for call in program.graph.nodes if call.name == spec.arg.name and call.op == "call_function"]
-            place = f" (at {place_of(calls[0])})" if calls else ""
-            raise InputError(f"the module changes its {kind} '{spec.target}'{place}; give the new value as an output")
 
 
 class _Reader:
@@ -158,7 +151,26 @@ class _Reader:
                 values[call] = call.meta.get("val")
         results = self._run(self.program.graph_module, values)
         self._outputs(results, outputs)
+        self._check_mutations(
+            {spec.target: values[call] for call, spec in zip(placeholders, specs, strict=True)}, results
+        )
         return self.graph
+
+    def _check_mutations(self, held: Mapping[str | None, Any], results: Sequence[Any]) -> None:
+        """Refuses a change of an input, or of a buffer that is read before: the next call would see it.
+
+        A buffer that is written before it is read keeps nothing from one call to the next.
+        """
+        changes = [spec for spec in self.program.graph_signature.output_specs if spec.kind in MUTATIONS]
+        read = _sources(results) if changes else set()
+        for spec in changes:
+            before = held.get(spec.target) if spec.kind is OutputKind.BUFFER_MUTATION else None
+            if isinstance(before, Value) and before not in read:
+                continue
+            kind = spec.kind.name.lower().removesuffix("_mutation").replace("_", " ")
+            calls = [call for call in self.program.graph.nodes if call.name == spec.arg.name]
+            place = f" (at {place_of(calls[0])})" if calls and calls[0].op == "call_function" else ""
+            raise InputError(f"the module changes its {kind} '{spec.target}'{place}; give the new value as an output")
 
     def _input(self, call: Call, names: Sequence[str] | None) -> Value:
         index, tensor = len(self.graph.inputs), call.meta["val"]
@@ -186,6 +198,7 @@ class _Reader:
 
     def _run(self, module: GraphModule, values: dict[Call, Any]) -> Any:
         """The outputs of a graph of the program, its placeholders given."""
+        functional = functional_forms(module)
         for call in module.graph.nodes:
             if call.op == "placeholder" or call in values:
                 continue
@@ -195,12 +208,16 @@ class _Reader:
                 values[call] = _attribute(module, call.target)
                 continue
             try:
-                values[call] = self._call(call, values)
+                form = functional.get(call)
+                values[call] = self._call(call, values, form.row if form is not None else str(call.target))
+                if form is not None:  # whoever reads the tensor from here on reads what was written
+                    values.update((one, values[call]) for one in form.tensor if one in values)
             except (UnsupportedOperator, InputError) as error:
                 raise type(error)(f"{call.target}: {error} (at {place_of(call)})") from None
         raise AssertionError("a graph of a program ends with its output")
 
-    def _call(self, call: Call, values: dict[Call, Any]) -> Any:
+    def _call(self, call: Call, values: dict[Call, Any], name: str) -> Any:
+        """What the row of that name makes of a call's arguments."""
         target = call.target
         if target is operator.getitem:
             whole, index = call.args
@@ -211,7 +228,6 @@ class _Reader:
         if not _makes_tensors(call):  # sizes, and checks of them
             result = call.meta.get("val")
             return self.sizes.of(result) if isinstance(result, (int, torch.SymInt)) else result
-        name = str(target)
         row = ROWS.get(name)
         if row is None:
             raise UnsupportedOperator(UNKNOWN)
@@ -250,7 +266,7 @@ class _Reader:
         kept = [
             (spec.arg.name, result)
             for spec, result in zip(specs, results, strict=True)
-            if isinstance(spec.arg, (TensorArgument, SymIntArgument))
+            if spec.kind is OutputKind.USER_OUTPUT and isinstance(spec.arg, (TensorArgument, SymIntArgument))
         ]
         if names is not None and len(names) != len(kept):
             raise InputError(f"{len(names)} names are given for {len(kept)} outputs")
@@ -261,6 +277,19 @@ class _Reader:
             result.is_output = True
             self.graph.outputs.append(result)
             self.graph.output_names.append(name if names is None else names[index])
+
+
+def _sources(results: Sequence[Any]) -> set[Value]:
+    """The values that results are computed from, themselves among them."""
+    found: set[Value] = set()
+    pending = [result for result in results if isinstance(result, Value)]
+    while pending:
+        value = pending.pop()
+        if value not in found:
+            found.add(value)
+            inputs = value.producer.inputs if value.producer is not None else ()
+            pending.extend(one for one in inputs if one is not None)
+    return found
 
 
 def _argument(item: Any, values: Mapping[Call, Any]) -> Any:
