@@ -92,7 +92,6 @@ class Compilation:
     module: nn.Module
     options: Options
     variants: dict[Hashable, list[Variant]] = field(default_factory=dict)
-    reports: list[Report] = field(default_factory=list)
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
@@ -145,10 +144,13 @@ class Compilation:
         self.variants.setdefault(key, []).append(made)
         return made
 
+    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> ExportedProgram:
+        with stage(report, "export", self.options.note):
+            return export_module(self.module, args, kwargs, self.options.dynamic)
+
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         report = Report(type(self.module).__name__, self.options.backend)
-        with stage(report, "export", self.options.note):
-            program = export_module(self.module, args, kwargs, self.options.dynamic)
+        program = self._program(args, kwargs, report)
         made = linked(program, report, self.options)
         specs = program.graph_signature.output_specs
         outputs = tuple(_place(spec.arg) for spec in specs if spec.kind is OutputKind.USER_OUTPUT)
@@ -161,6 +163,35 @@ class Compilation:
                 cases = {"example": (lambda: self.module(*args, **kwargs), lambda: variant(leaves))}
                 report.verification = compared(self.module, made, cases)
         return variant
+
+
+@dataclass
+class Exported(Compilation):
+    """A program that was exported before, compiled for the form of arguments that it has."""
+
+    program: ExportedProgram | None = None
+
+    def prepare(self) -> None:
+        """Compiles it."""
+        assert self.program is not None
+        if self.program.example_inputs is None:
+            raise InputError("the program has no example inputs; fuser.compile its module() with some")
+        self.variant(*self.program.example_inputs)
+
+    def variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        if self.variants:
+            raise InputError("the program takes no such arguments: it was exported for others, or for other sizes")
+        return super().variant(args, kwargs)
+
+    def renewed(self, module: nn.Module) -> Compilation:
+        return Compilation(module, self.options)
+
+    def forget(self) -> None:
+        raise UsageError("a compiled program keeps its weights; move the module that it was exported from")
+
+    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> ExportedProgram:
+        assert self.program is not None
+        return self.program
 
 
 def linked(

@@ -5,12 +5,13 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from fuser.api import check_output
-from fuser.compilation import BACKENDS, Compilation, Options
+from fuser.compilation import BACKENDS, Compilation, Exported, Options
 from fuser.errors import UsageError
 from fuser.exporter import export
 from fuser.graph import Graph
@@ -21,6 +22,11 @@ from fuser.report import Report, explanation_text
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@overload
+def compile(
+    module: ExportedProgram, *, backend: str = "auto", verify: bool = True, progress: Progress | None = None
+) -> nn.Module: ...
+@overload
 def compile(
     module: Module,
     example_inputs: Any = None,
@@ -29,7 +35,16 @@ def compile(
     backend: str = "auto",
     verify: bool = True,
     progress: Progress | None = None,
-) -> Module:
+) -> Module: ...
+def compile(
+    module: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic: bool | Mapping[str, Any] | Sequence[Any] = True,
+    backend: str = "auto",
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Any:
     """A module with the same signature, parameters, inputs and outputs as `module`, run through its fused graph.
 
     It is an instance of the module's own class and shares its parameters; `.graph`, `.report`, `.explain()` and
@@ -37,6 +52,8 @@ def compile(
     it is compiled when it is first called. Inputs of another form (other dtypes, ranks, keywords) are compiled anew.
 
     Args:
+        module: a module; or an `ExportedProgram`, which becomes a module of the form that it was exported for, its sizes as
+            dynamic as it says.
         example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor.
         dynamic: whether sizes may differ from the example's (where the model allows it), or `dynamic_shapes` as
             `torch.export.export` takes them. A size of 0 or 1 in the example is fixed.
@@ -50,13 +67,18 @@ def compile(
         UnsupportedOperator: it has an operator that fuser does not know; the text names operator, module and line.
         VerificationError: the fused graph and the module disagree.
     """
-    if not isinstance(module, nn.Module):
+    is_program = isinstance(module, ExportedProgram)
+    if not is_program and not isinstance(module, nn.Module):
         raise UsageError(
             f"fuser.compile takes an nn.Module, got {type(module).__name__}; for a file there is fuser.load"
         )
     if backend not in ("auto", *BACKENDS):
         raise UsageError(f"there is no backend '{backend}'; backends are auto, {', '.join(BACKENDS)}")
     options = Options(dynamic, backend, verify, progress or (lambda stage: None))
+    if is_program:
+        exported = Exported(module.module(), options, program=module)
+        exported.prepare()
+        return _twin(exported.module, exported)
     if example_inputs is None and is_pretrained(module):
         pretrained = Pretrained(module, options)
         _ = pretrained.first

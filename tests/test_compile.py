@@ -338,3 +338,24 @@ def test_without_weights() -> None:
     assert "no elements" in compiled.report.verification.skipped
     with pytest.raises(InputError, match="without its weights"):
         compiled(torch.zeros(1, 3, dtype=torch.int64, device="meta"))
+
+
+def test_an_exported_program() -> None:
+    """Its sizes are as dynamic as it says, and nothing is exported again."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = torch.nn.RMSNorm(8, eps=1e-6), torch.nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": self.linear(self.norm(x))}
+
+    net = Net().eval()
+    program = torch.export.export(net, (torch.randn(3, 8),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    compiled = fuser.compile(program)
+    assert compiled.report.fused == {"rms_norm": 1} and "export" not in compiled.report.stages_s
+    x = torch.randn(7, 8)
+    torch.testing.assert_close(compiled(x), net(x))
+    with pytest.raises(InputError, match="exported for others"):
+        compiled(torch.randn(7, 9))
