@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import fuser
 from tests import zoo
 from tests.benchmarks import decode, front_door
 from tests.test_coverage import LLAMA
@@ -60,8 +59,3 @@ def test_front_door(buffers: str, capsys: pytest.CaptureFixture[str]) -> None:
     front_door.main(["--layers", "1", "--buffers", buffers, "--profile", "5"])
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in (*report.stages_s, "all but export")) and "cumtime" in printed
-
-
-def test_a_model_without_weights_is_not_run() -> None:
-    with pytest.raises(fuser.InputError, match="without its weights"):
-        fuser.compile(front_door.model(1).model)
