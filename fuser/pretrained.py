@@ -1,26 +1,25 @@
 """Models of Hugging Face transformers, compiled without example inputs: decoders with and without a cache, encoders.
 
 A decoder becomes one graph of `(input_ids [B, S], attention_mask [B, T], position_ids [B, S], past keys and values
-[B, G, P, Dh]) -> (logits [B, S, V] or hidden states, present keys and values [B, G, T, Dh])`, which serves every call: a
-prompt has no past.
+[B, G, P, Dh]) -> (logits [B, S, V], present keys and values [B, G, T, Dh])`, which serves every call: a prompt has no past.
 """
 
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fuser import dims
+from fuser.checking import relative_error
 from fuser.compilation import Compilation, Linked, compared, linked
-from fuser.errors import InputError, UnsupportedOperator, UsageError
+from fuser.errors import InputError, UnsupportedOperator
 from fuser.fx import evaluating, export_module
 from fuser.pipeline import stage
 from fuser.report import Report
@@ -35,17 +34,22 @@ TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers."""
+    """Whether a module is a model of transformers that takes tokens."""
     transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return False
+    return "input_ids" in inspect.signature(module.forward).parameters
+
+
+Count: TypeAlias = Callable[[Tensor, int], Tensor]
 
 
 class Decoder(nn.Module):
     """A decoder as a function of tensors alone: tokens, mask, positions if it takes them, then keys and values by layer."""
 
-    def __init__(self, model: Any, main: str, *, positions: bool) -> None:
+    def __init__(self, model: Any, outputs: tuple[str, ...], *, positions: bool) -> None:
         super().__init__()
-        self.model, self.main, self.positions = model, main, positions
+        self.model, self.outputs, self.positions = model, outputs, positions
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
@@ -53,10 +57,12 @@ class Decoder(nn.Module):
         past = others[1:] if self.positions else others
         # Made without a config, a layer with a window keeps all it has seen, and the mask alone says what it sees.
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        given: dict[str, Any] = {"position_ids": others[0]} if self.positions else {}
-        given |= {"attention_mask": attention_mask, "past_key_values": cache, "use_cache": True, "return_dict": True}
-        out = self.model(input_ids, **given)
-        return out[self.main], *(state for layer in cache.layers for state in (layer.keys, layer.values))
+        given = {"position_ids": others[0]} if self.positions else {}
+        out = self.model(
+            input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, return_dict=True, **given
+        )
+        states = (state for layer in cache.layers for state in (layer.keys, layer.values))
+        return *(out[name] for name in self.outputs), *states
 
 
 class Encoder(nn.Module):
@@ -102,31 +108,60 @@ class Pretrained(Compilation):
         return self.module
 
     def _probe(self) -> None:
-        """What the model takes and gives, as a call with one token shows."""
+        """What the model takes and gives, as calls with three tokens show.
+
+        Raises:
+            UnsupportedOperator: it is an encoder with a decoder.
+            InputError: it cannot be called with tokens alone.
+        """
         parameters = self.signature.parameters
-        config = self.model.config
-        if "input_ids" not in parameters:
-            raise UsageError(f"{type(self.module).__name__} takes no input_ids; give fuser.compile example_inputs")
-        if getattr(config, "is_encoder_decoder", False):
+        if getattr(self.model.config, "is_encoder_decoder", False):
             raise UnsupportedOperator(f"{type(self.module).__name__}: encoders with a decoder are not compiled yet")
-        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        with evaluating(self.module):
-            asked = {"use_cache": True} if "past_key_values" in parameters else {}
-            out = self.module(input_ids=one, return_dict=True, **asked)
+        cached = {"use_cache": True} if "past_key_values" in parameters else {}
+        ids = torch.ones(2, 3, dtype=torch.int64, device=self.device)
+        out = self._called(input_ids=ids, **cached)
         self.kind = type(out)
-        cache = getattr(out, "past_key_values", None)
-        self.is_decoder = cache is not None and hasattr(cache, "layers")
-        self.main = next(name for name, value in out.items() if isinstance(value, Tensor))  # logits, or hidden states
-        self.positions = "position_ids" in parameters and self.is_decoder
-        if cache is not None and self.is_decoder:
-            self.states = [
-                (state.shape[1], state.shape[3], state.dtype)
-                for layer in cache.layers
-                for state in (layer.keys, layer.values)
-            ]
-        else:
-            self.takes = tuple(name for name in TOKENS if name in parameters)
-            self.gives = tuple(name for name, value in out.items() if isinstance(value, Tensor))
+        self.gives = tuple(name for name, value in out.items() if isinstance(value, Tensor))
+        layers = getattr(getattr(out, "past_key_values", None), "layers", ())
+        self.is_decoder = bool(layers) and all(hasattr(layer, "keys") for layer in layers)
+        neutral = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        # What is left out is given to the graph as what changes nothing; where that changes something, it is not compiled.
+        names = [name for name in TOKENS[1 : 2 if self.is_decoder else 3] if name in parameters]
+        self.takes = ("input_ids", *(n for n in names if self._agree(out, input_ids=ids, **{n: neutral[n]})))
+        if self.is_decoder:
+            states = [state for layer in layers for state in (layer.keys, layer.values)]
+            self.states = [(state.shape[1], state.shape[3], state.dtype) for state in states]
+            self.positions = "position_ids" in parameters
+            self.count = self._count(ids) if self.positions else None
+
+    def _called(self, **given: Any) -> Any:
+        try:
+            with evaluating(self.module):
+                return self.module(**given, return_dict=True)
+        except Exception as error:  # whatever a model raises
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"{type(self.module).__name__} cannot be called with {', '.join(given)} alone, give example_inputs: {told}"
+            ) from error
+
+    def _agree(self, out: Any, **given: Any) -> bool:
+        """Whether the model gives the same with some arguments."""
+        if self.device.type == "meta":
+            return True  # there are no numbers to tell by
+        other = self._called(**given)
+        return all(relative_error(other[name], out[name]) <= 1e-2 for name in self.gives)
+
+    def _count(self, ids: Tensor) -> Count | None:
+        """How the model counts the positions that it is not given, on a sequence that is padded; None: in another way."""
+        if self.device.type == "meta":
+            return _in_a_row
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        out = self._called(input_ids=ids, attention_mask=mask)
+        for count in (_in_a_row, _by_mask, _by_mask_alone):
+            if self._agree(out, input_ids=ids, attention_mask=mask, position_ids=count(mask, 0)):
+                return count
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -139,14 +174,14 @@ class Pretrained(Compilation):
         tokens = {0: batch, 1: Dim.AUTO}  # the total is past and sequence: one of them follows, which is torch's to say
         flat: nn.Module
         if self.is_decoder:
-            flat = Decoder(self.module, self.main, positions=self.positions)
+            flat = Decoder(self.module, self.gives, positions=self.positions)
             past = [{0: batch, 2: Dim("past")}] * len(self.states)
             others = tuple(([tokens] if self.positions else []) + past)
             shapes: Any = {"input_ids": tokens, "attention_mask": tokens, "others": others}
             layers = [f"{i // 2}.{'value' if i % 2 else 'key'}" for i in range(len(self.states))]
             inputs = [*TOKENS[:2], *(["position_ids"] if self.positions else [])]
             inputs += [f"past_key_values.{layer}" for layer in layers]
-            outputs = [self.main, *(f"present.{layer}" for layer in layers)]
+            outputs = [*self.gives, *(f"present.{layer}" for layer in layers)]
         else:
             flat = Encoder(self.module, self.takes, self.gives)
             inputs, outputs = list(self.takes), list(self.gives)
@@ -155,7 +190,12 @@ class Pretrained(Compilation):
         def linked_as(experts: str | None) -> Linked:
             with self._experts(experts), stage(report, "export", self.options.note):
                 program = export_module(flat, example, {}, shapes)
-            return linked(program, report, self.options, inputs=inputs, outputs=outputs)
+            made = linked(program, report, self.options, inputs=inputs, outputs=outputs)
+            if any(isinstance(dim, int) for dim in made.graph.inputs[0].shape or ()):
+                raise UnsupportedOperator(
+                    f"{type(self.module).__name__} fixes how many tokens it takes when it is captured"
+                )
+            return made
 
         try:
             made = linked_as(None)
@@ -163,13 +203,6 @@ class Pretrained(Compilation):
             if not self._has_experts():
                 raise
             made = linked_as(EXPERTS)
-        for value in made.graph.inputs:
-            fixed = [dim for dim in (value.shape or ())[:2] if isinstance(dim, int)]
-            if fixed and value.name in TOKENS:
-                raise InputError(
-                    f"{type(self.module).__name__} cannot be captured for all sizes: its code fixes {value.name} to "
-                    f"{dims.text(value.shape)}; give fuser.compile example_inputs of the size that is wanted"
-                )
         if self.options.verify:
             with stage(report, "verify", self.options.note):
                 drawn = {name: tuple(self._drawn(*step)) for name, step in self._steps().items()}
@@ -210,10 +243,11 @@ class Pretrained(Compilation):
         if not self.is_decoder:
             if padding:
                 mask[-1, -padding:] = 0
-            given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+            types = torch.randint(0, getattr(self.model.config, "type_vocab_size", 1), (B, S), generator=random)
+            given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types.to(self.device)}
             return [given[name] for name in self.takes]
         mask[0, :padding] = 0
-        positions = [(mask.cumsum(1) - 1).clamp(min=0)[:, P:]] if self.positions else []
+        positions = [_by_mask(mask, P)] if self.positions else []
         past = [
             torch.randn(B, heads, P, width, generator=random).to(self.device, dtype)
             for heads, width, dtype in self.states
@@ -249,7 +283,7 @@ class Pretrained(Compilation):
                 given.update(value)
             else:
                 given[name] = value
-        known = {*TOKENS[: 2 if self.is_decoder else 3], "return_dict"}
+        known = {*self.takes, "return_dict"}
         if self.is_decoder:
             known |= {"position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
         asked = [
@@ -293,15 +327,18 @@ class Pretrained(Compilation):
         if self.positions:
             positions = given.get("position_ids")
             if positions is None:
-                positions = torch.arange(P, P + S, device=ids.device)[None]
+                if self.count is None:
+                    raise Uncompiled("it was called without position_ids")
+                positions = self.count(inputs[1], P)
             inputs.append(positions.expand(B, S))
-        main, *present = executor(*inputs, *self._past(cache, B, P))
+        made = executor(*inputs, *self._past(cache, B, P))
+        fields = dict(zip(self.gives, made, strict=False))
         kept = given.get("logits_to_keep")
         if kept is not None:
-            main = main[:, slice(-kept, None) if isinstance(kept, int) else kept]
+            fields["logits"] = fields["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
         if cache is not None:
-            _write(cache, present, P)
-        return self._result(given, {self.main: main, "past_key_values": cache})
+            _write(cache, made[len(self.gives) :], P)
+        return self._result(given, fields | {"past_key_values": cache})
 
     def _past(self, cache: Any, B: int, P: int) -> list[Tensor]:
         """The keys and values of P tokens before; those that a window no longer sees are zeros, which the mask hides."""
@@ -318,6 +355,21 @@ class Pretrained(Compilation):
         out = self.kind(**fields)
         asked = given.get("return_dict")
         return out if (self.model.config.return_dict if asked is None else asked) else out.to_tuple()
+
+
+def _in_a_row(mask: Tensor, P: int) -> Tensor:
+    """The positions of all tokens but the first P, padding counted."""
+    return torch.arange(P, mask.shape[1], device=mask.device)[None]
+
+
+def _by_mask(mask: Tensor, P: int) -> Tensor:
+    """Likewise, of the tokens that are none of padding."""
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, P:]
+
+
+def _by_mask_alone(mask: Tensor, P: int) -> Tensor:
+    """Likewise, those of padding being -1."""
+    return (mask.cumsum(1) * mask - 1)[:, P:]
 
 
 def _write(cache: Any, present: list[Tensor], P: int) -> None:

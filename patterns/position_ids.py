@@ -81,8 +81,15 @@ def _(recognition: Recognition) -> None:
         recognition.graph.replace(value, new)
 
 
-def _instances(subject: Subject) -> Iterator[tuple[str, Symbols, int, int, int]]:
-    """(what it is, sizes, B, S, P) as far as the subject's fixed dims allow."""
+def _instances(subject: Subject) -> list[tuple[str, Symbols, int, int, int]]:
+    """(what it is, sizes, B, S, P) as far as the subject's fixed dims allow; none where those are too few to tell."""
+    found = list(_possible(subject))
+    lengths = {new for *_, new, _ in found if new > 1}
+    is_fixed = isinstance((subject.value.shape or (0,))[-1], int)
+    return found if is_fixed or len(lengths) > 1 else []
+
+
+def _possible(subject: Subject) -> Iterator[tuple[str, Symbols, int, int, int]]:
     shape = subject.value.shape or ()
     stored = [max(constant.shape) for constant in subject.constants if constant.size > 1]  # all of it is looked at
     whole = [(1, size, 0) for size in stored] + [(2, 3, size - 3) for size in stored]

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
@@ -171,6 +173,10 @@ def test_more_architectures(architecture: str) -> None:
     wanted, got = step(model, made, *STEPS["chunk"], CACHES["configured"])
     assert error_of(got.logits, wanted.logits) <= TOLERANCE
     ids, mask = tokens(2, 7, 3)
+    seen = mask.bool()
+    assert (
+        error_of(made(ids, attention_mask=mask).logits[seen], model(ids, attention_mask=mask).logits[seen]) <= TOLERANCE
+    )
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(made.generate(ids, **options), model.generate(ids, **options))
     assert not made._compilation.fallbacks
@@ -359,3 +365,71 @@ def test_an_exported_program() -> None:
     torch.testing.assert_close(compiled(x), net(x))
     with pytest.raises(InputError, match="exported for others"):
         compiled(torch.randn(7, 9))
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 112}
+TEXT = SMALL | {"vocab_size": V, "max_position_embeddings": 80, "pad_token_id": 0}
+GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": V}
+T5 = {"vocab_size": V, "d_model": 64, "d_kv": 16, "d_ff": 112, "num_layers": 2, "num_heads": 4}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # by class: a model type and its config
+    "LlamaModel": ("llama", TEXT),
+    "LlamaForSequenceClassification": ("llama", TEXT),
+    "GPT2Model": ("gpt2", GPT2),
+    "RobertaModel": ("roberta", TEXT),
+    "BertForMaskedLM": ("bert", TEXT),
+    "BertForQuestionAnswering": ("bert", TEXT),
+    "DistilBertForSequenceClassification": ("distilbert", {"vocab_size": V, "dim": 64, "n_heads": 4, "n_layers": 2}),
+    "T5EncoderModel": ("t5", T5),  # its table of biases is read at buckets of distances, a square of the tokens
+    "ModernBertModel": ("modernbert", TEXT | {"global_attn_every_n_layers": 2, "local_attention": 6}),
+    "ViTModel": ("vit", SMALL | {"image_size": 32, "patch_size": 8}),
+}
+
+
+@cache
+def other(name: str) -> Any:
+    kind, config = OTHERS[name]
+    model = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **config)).eval()
+    architectures.draw_weights(model)
+    return model
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models(name: str) -> None:
+    model = other(name)
+    made = fuser.compile(model)
+    if name == "ViTModel":
+        given = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+    else:
+        given = {"input_ids": tokens(2, 7)[0], "attention_mask": tokens(2, 7)[1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for kept in ({*given}, {"input_ids", "pixel_values"}):
+            chosen = {key: value for key, value in given.items() if key in kept}
+            wanted, got = model(**chosen), made(**chosen)
+            assert got.keys() == wanted.keys()
+            for key in wanted:
+                if isinstance(wanted[key], Tensor):
+                    assert error_of(got[key], wanted[key]) <= TOLERANCE
+    assert made.report.fused
+
+
+def test_token_types_that_are_not_neutral() -> None:
+    """GPT-2 adds the embedding of a token to that of its type: no types are other than types of zero."""
+    model, ids = other("GPT2Model"), tokens(2, 7)[0]
+    with pytest.warns(UserWarning, match="token_type_ids"):
+        got = fuser.compile(model)(ids, token_type_ids=torch.zeros_like(ids))
+    assert error_of(got[0], model(ids, token_type_ids=torch.zeros_like(ids))[0]) == 0
+    assert error_of(got[0], model(ids)[0]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "config", "error", "match"),
+    [
+        ("T5ForConditionalGeneration", "t5", T5, fuser.UnsupportedOperator, "encoders with a decoder"),
+        ("MambaForCausalLM", "mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": V, "state_size": 8},
+         fuser.UnsupportedOperator, "fixes how many tokens"),
+    ],
+)  # fmt: skip
+def test_models_that_are_not_compiled(name: str, kind: str, config: dict[str, Any], error: Any, match: str) -> None:
+    with pytest.raises(error, match=f"{name}.*{match}"):
+        fuser.compile(getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **config)))
