@@ -37,7 +37,9 @@ class Attention:
         return self.heads // self.kv_heads
 
 
-def decode(what: Attention, *, splits: int = 1, BLOCK_T: int = 64, num_warps: int = 4, num_stages: int = 3) -> Kernel:
+def decode(
+    what: Attention, *, splits: int = 1, BLOCK_T: int = 64, num_warps: int | None = None, num_stages: int = 3
+) -> Kernel:
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
     launch(q, k_cache, v_cache, block_table, context_lens, [slopes,] y): q, y [B, H, Dh], of `dtype`; block_table [B, blocks],
@@ -46,11 +48,12 @@ def decode(what: Attention, *, splits: int = 1, BLOCK_T: int = 64, num_warps: in
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
     """
-    return _Composition(what, max(power_of_two(what.group), 16), BLOCK_T, splits, num_warps, num_stages).kernel()
+    BLOCK_M = max(power_of_two(what.group), 16)
+    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps or (8 if BLOCK_M >= 64 else 4), num_stages).kernel()
 
 
 def prefill(
-    what: Attention, *, BLOCK_M: int = 64, BLOCK_T: int = 64, num_warps: int = 4, num_stages: int = 2
+    what: Attention, *, BLOCK_M: int = 64, BLOCK_T: int = 64, num_warps: int | None = None, num_stages: int = 2
 ) -> Kernel:
     """The kernel of `what` for any number of queries a sequence.
 
@@ -61,7 +64,8 @@ def prefill(
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
     """
-    return _Composition(what, BLOCK_M, BLOCK_T, None, num_warps, num_stages).kernel()
+    warps = num_warps or (8 if what.head_dim > 64 else 4)  # sums of wide heads would not fit four warps' registers
+    return _Composition(what, BLOCK_M, BLOCK_T, None, warps, num_stages).kernel()
 
 
 class _Composition:
@@ -98,7 +102,11 @@ class _Composition:
         e = Emitter(
             name,
             summary,
-            (grid, *work.splitlines(), f"{BLOCK_T} keys a step, pages of {what.page}. Products by tensor cores, in float32."),
+            (
+                grid,
+                *work.splitlines(),
+                f"{BLOCK_T} keys a step, pages of {what.page}. Products by tensor cores, in float32.",
+            ),
             {"num_warps": num_warps, "num_stages": num_stages},
         )
         self.emitter = e
@@ -139,7 +147,9 @@ class _Composition:
         if self.parts:
             self._combine()
         else:
-            self.emitter.add("# A row that sees no key gives 0.", "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]")
+            self.emitter.add(
+                "# A row that sees no key gives 0.", "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]"
+            )
             self.emitter.add("tl.store(y + rows[:, None] + d[None, :], result, mask=inside)")
         self._host()
         return self.emitter.kernel()
@@ -215,9 +225,11 @@ class _Composition:
         with e.block("for step in range(start, last, BLOCK_T):"):
             e.add("t = step + tl.arange(0, BLOCK_T)", "t_inside = t < last")
             if self.whole_pages:
-                e.add("block = tl.load(table + step // PAGE).to(tl.int64)", "slot = block * PAGE + step % PAGE + tl.arange(0, BLOCK_T)")
+                e.add("block = tl.load(table + step // PAGE).to(tl.int64)")
+                e.add("slot = block * PAGE + step % PAGE + tl.arange(0, BLOCK_T)")
             else:
-                e.add("block = tl.load(table + t // PAGE, mask=t_inside, other=0).to(tl.int64)", "slot = block * PAGE + t % PAGE")
+                e.add("block = tl.load(table + t // PAGE, mask=t_inside, other=0).to(tl.int64)")
+                e.add("slot = block * PAGE + t % PAGE")
             mask = "t_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else "")
             e.add(
                 "place = (slot * G + g)[:, None] * D + d[None, :]",
@@ -239,7 +251,7 @@ class _Composition:
             e.add(
                 f'scores = tl.where({" & ".join(seen)}, scores, float("-inf"))',
                 "above = tl.maximum(highest, tl.max(scores, 1))",
-                "safe = tl.where(above > float(\"-inf\"), above, 0.0)  # of a row that has seen no key",
+                'safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key',
                 "weights = tl.exp2(scores - safe[:, None])",
                 "decay = tl.exp2(highest - safe)",
                 "total = total * decay + tl.sum(weights, 1)",
@@ -315,5 +327,9 @@ class _Composition:
             grid = f"({rows}, {what.kv_heads!r}, sequences)"
         else:
             lines += ["    if sequences:"]
-            grid = f"(sequences * {what.kv_heads!r}, {self.splits!r})" if self.parts else f"(sequences * {what.kv_heads!r},)"
+            grid = (
+                f"(sequences * {what.kv_heads!r}, {self.splits!r})"
+                if self.parts
+                else f"(sequences * {what.kv_heads!r},)"
+            )
         e.host += [*lines, f"        {e.launched(grid, *arguments)}"]

@@ -6,7 +6,7 @@ The weight is read once, as a stream; what the kernel does besides must hide beh
 
 from dataclasses import dataclass
 
-from fuser.codegen.kernel import DTYPES, Emitter, Kernel, activated, element, power_of_two
+from fuser.codegen.kernel import Emitter, Kernel, activated, element, power_of_two
 from fuser.errors import UsageError
 
 MOST_TOKENS = 64
@@ -79,8 +79,10 @@ def default_tiling(what: Linear) -> Tiling:
         splits = _splits(what, BLOCK_N, BLOCK_K) if what.by_input else 1
         return Tiling(BLOCK_N, BLOCK_K, splits, num_warps=4, num_stages=1)
     BLOCK_N = 32 if what.activation else 64
-    # Rows of 4-byte elements take twice the room; a step of 128 bytes a row is a whole line of memory.
-    BLOCK_K = max(min(power_of_two(what.K), (128 if what.tokens <= 32 else 64) * 2 // DTYPES[what.dtype]), 16)
+    BLOCK_K = 128 if what.tokens <= 32 else 64
+    if what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
+        BLOCK_N, BLOCK_K = 16, 32
+    BLOCK_K = max(min(power_of_two(what.K), BLOCK_K), 16)
     return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K), num_warps=4, num_stages=4)
 
 
@@ -94,7 +96,8 @@ def _splits(what: Linear, BLOCK_N: int, BLOCK_K: int) -> int:
 
 def _steps(what: Linear, tiling: Tiling) -> int:
     """Steps of one part of K."""
-    return -(-(-(-what.K // tiling.BLOCK_K)) // tiling.splits)
+    steps = -(-what.K // tiling.BLOCK_K)
+    return -(-steps // tiling.splits)
 
 
 class _Composition:
@@ -121,10 +124,14 @@ class _Composition:
         shape = f"[{what.K}, {what.N}]" if what.by_input else f"[{what.N}, {what.K}]"
         summary = f"y = {value}{' + residual' if what.residual else ''} for at most {what.tokens} tokens, W {shape}."
         grid = "Grid: (blocks of columns of y,)."
-        work = f"One program computes {tiling.BLOCK_N} columns of y for every token, {tiling.BLOCK_K} columns of x a step."
+        work = (
+            f"One program computes {tiling.BLOCK_N} columns of y for every token, {tiling.BLOCK_K} columns of x a step."
+        )
         if tiling.splits > 1:
             grid = f"Grid: (blocks of columns of y, {tiling.splits} parts of K)."
-            work += "\nThe last of a block's parts to arrive adds them all, in their order, so results repeat bit by bit."
+            work += (
+                "\nThe last of a block's parts to arrive adds them all, in their order, so results repeat bit by bit."
+            )
         how = "by tensor cores" if self.dot else "by multiply-add"
         details = (grid, *work.splitlines(), f"Products {how}, sums in float32, rounded once.")
         e = Emitter("linear", summary, details, {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages})

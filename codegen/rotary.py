@@ -97,9 +97,9 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
             with e.block("if slot < 0:"):
                 e.add("return")
         _turn(e, what, "k + token * k_stride", "k_cache + slot * (G * D)", "G")
-        e.add("d = tl.arange(0, BLOCK_D)[None, :]", "inside = (h < G) & (d < D)")
-        e.add("value = tl.load(v + token * v_stride + h * D + d, mask=inside)")
-        e.add("tl.store(v_cache + slot * (G * D) + h * D + d, value, mask=inside)")
+        e.add("d = tl.arange(0, BLOCK_D)[None, :]", "whole = (h < G) & (d < D)")
+        e.add("value = tl.load(v + token * v_stride + h * D + d, mask=whole)")
+        e.add("tl.store(v_cache + slot * (G * D) + h * D + d, value, mask=whole)")
     given = [*what.tensors, "q.stride(0)", "k.stride(0)", "v.stride(0)"]
     given += ["block_table.stride(0)"] * what.by_block_table
     e.host += [
@@ -126,7 +126,7 @@ def _turn(e: Emitter, what: Rotary, source: str, target: str, heads: str) -> Non
     if what.rotary_dim < what.head_dim:
         e.add(
             "rest = 2 * R + tl.arange(0, BLOCK_REST)[None, :]",
-            f"inside = (h < {heads}) & (rest < D)",
-            f"kept = tl.load({source} + h * D + rest, mask=inside)",
-            f"tl.store({target} + h * D + rest, kept, mask=inside)",
+            f"kept_inside = (h < {heads}) & (rest < D)",
+            f"kept = tl.load({source} + h * D + rest, mask=kept_inside)",
+            f"tl.store({target} + h * D + rest, kept, mask=kept_inside)",
         )

@@ -169,9 +169,7 @@ def test_split_sums_repeat_bit_by_bit() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("by_block_table", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(
-    ("H", "G", "D", "rotary_dim"), [(6, 2, 64, 64), (3, 3, 80, 32), (5, 1, 20, 12)]
-)
+@pytest.mark.parametrize(("H", "G", "D", "rotary_dim"), [(6, 2, 64, 64), (3, 3, 80, 32), (5, 1, 20, 12)])
 def test_rotary_cache_write(
     dtype: str, by_block_table: bool, interleaved: bool, H: int, G: int, D: int, rotary_dim: int
 ) -> None:
