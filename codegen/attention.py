@@ -1,0 +1,335 @@
+"""Attention over a paged cache: decode with the keys in parts, combined in the kernel, and prefill; one main loop for both.
+
+The query heads that share a key head are rows of one tile, so keys and values are read once. Softmax is kept as a running
+maximum and sum, in float32 and base 2.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fuser.codegen.kernel import Emitter, Kernel, element, power_of_two
+from fuser.errors import UsageError
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention kernel computes: y = softmax(softcap(q k^T scale) + bias) v, causal by position.
+
+    A query at position p sees keys at 0 .. p, with `window` the last `window` of them (itself included). `alibi` adds
+    slope[h] (key position - p), after the soft-cap. Keys and values lie in pages [blocks, page, G, Dh].
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    page: int = 16
+    window: int | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    dtype: str = "bf16"
+
+    @property
+    def group(self) -> int:
+        """The query heads of one key head."""
+        return self.heads // self.kv_heads
+
+
+def decode(
+    what: Attention, *, splits: int = 1, BLOCK_T: int = 64, num_warps: int | None = None, num_stages: int = 3
+) -> Kernel:
+    """The kernel of `what` for one query a sequence, its keys in `splits` parts.
+
+    launch(q, k_cache, v_cache, block_table, context_lens, [slopes,] y): q, y [B, H, Dh], of `dtype`; block_table [B, blocks],
+    context_lens [B] int32: keys of a sequence, its query's own included; slopes [H] float32. A sequence of length 0 gives 0.
+
+    Raises:
+        UsageError: heads, widths or dtypes that cannot be.
+    """
+    BLOCK_M = max(power_of_two(what.group), 16)
+    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps or (8 if BLOCK_M >= 64 else 4), num_stages).kernel()
+
+
+def prefill(
+    what: Attention, *, BLOCK_M: int = 64, BLOCK_T: int = 64, num_warps: int | None = None, num_stages: int = 2
+) -> Kernel:
+    """The kernel of `what` for any number of queries a sequence.
+
+    launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, [slopes,] y): q, y [tokens, H, Dh], the
+    tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its context_lens[b]
+    keys; `longest`: at least the most tokens of a sequence.
+
+    Raises:
+        UsageError: heads, widths or dtypes that cannot be.
+    """
+    warps = num_warps or (8 if what.head_dim > 64 else 4)  # sums of wide heads would not fit four warps' registers
+    return _Composition(what, BLOCK_M, BLOCK_T, None, warps, num_stages).kernel()
+
+
+class _Composition:
+    """One kernel being composed; each method adds one part of its body. `splits` is None for prefill."""
+
+    def __init__(
+        self, what: Attention, BLOCK_M: int, BLOCK_T: int, splits: int | None, num_warps: int, num_stages: int
+    ) -> None:
+        if what.kv_heads < 1 or what.heads % what.kv_heads:
+            raise UsageError(f"codegen: {what.heads} query heads do not share {what.kv_heads} key heads evenly")
+        if not 0 < what.head_dim <= 256:
+            raise UsageError(f"codegen: attention takes head widths of 1 to 256, not {what.head_dim}")
+        if splits is not None and splits < 1:
+            raise UsageError(f"codegen: the keys are taken in 1 or more parts, not {splits}")
+        if what.window is not None and what.window < 1:
+            raise UsageError(f"codegen: a window holds 1 or more keys, not {what.window}")
+        self.what, self.splits = what, splits
+        self.parts = splits is not None and splits > 1
+        self.padded = power_of_two(what.head_dim) != what.head_dim
+        self.whole_pages = what.page % BLOCK_T == 0  # a step then lies in one page
+        name = "paged_prefill" if splits is None else "paged_decode"
+        extras = [f"window {what.window}"] if what.window else []
+        extras += [f"softcap {what.softcap!r}"] * bool(what.softcap) + ["ALiBi"] * what.alibi
+        summary = f"Paged attention, {'prefill' if splits is None else 'decode'}: {what.heads} query heads, "
+        summary += f"{what.kv_heads} key heads of {what.head_dim}{', ' if extras else ''}{', '.join(extras)}."
+        if splits is None:
+            grid = "Grid: (tiles of queries x heads of a group, key heads, sequences)."
+            work = f"One program computes {BLOCK_M} rows, each a query and a head, from keys up to the last query's."
+        else:
+            grid = f"Grid: (sequences x key heads, {splits} parts of the keys)."
+            work = f"One program takes {what.group} query heads of one sequence through one part of its keys."
+            if self.parts:
+                work += "\nThe last part to arrive combines them all, in their order, so results repeat bit by bit."
+        e = Emitter(
+            name,
+            summary,
+            (
+                grid,
+                *work.splitlines(),
+                f"{BLOCK_T} keys a step, pages of {what.page}. Products by tensor cores, in float32.",
+            ),
+            {"num_warps": num_warps, "num_stages": num_stages},
+        )
+        self.emitter = e
+        for tensor in ("q", "k_cache", "v_cache"):
+            e.pointer(tensor, element(what.dtype))
+        self.tensors = ["q", "k_cache", "v_cache", "block_table", "context_lens"]
+        self.tensors += ["query_starts"] * (splits is None) + ["slopes"] * what.alibi + ["y"]
+        e.pointer("block_table", "i32")
+        e.pointer("context_lens", "i32")
+        if splits is None:
+            e.pointer("query_starts", "i32")
+        if what.alibi:
+            e.pointer("slopes", "fp32")
+        e.pointer("y", what.dtype)
+        if self.parts:
+            e.pointer("partial", "fp32")
+            e.pointer("arrived", "i32")
+        e.integer("table_stride")
+        e.constant(H=what.heads, G=what.kv_heads, GROUP=what.group, D=what.head_dim, PAGE=what.page)
+        e.constant(BLOCK_M=BLOCK_M, BLOCK_T=BLOCK_T, BLOCK_D=max(power_of_two(what.head_dim), 16))
+        self.padded |= what.head_dim < 16
+        # Softmax in base 2. A soft-cap needs the scores as they are, so the change of base comes after it.
+        e.constant(SCALE=what.scale if what.softcap else what.scale * LOG2_E)
+        if what.softcap:
+            e.constant(SOFTCAP=what.softcap)
+        if what.window:
+            e.constant(WINDOW=what.window)
+        if self.parts:
+            e.constant(SPLITS=splits, BLOCK_P=power_of_two(splits or 1))
+
+    def kernel(self) -> Kernel:
+        """The whole of it."""
+        if self.splits is None:
+            self._prefill_rows()
+        else:
+            self._decode_rows()
+        self._main_loop()
+        if self.parts:
+            self._combine()
+        else:
+            self.emitter.add(
+                "# A row that sees no key gives 0.", "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]"
+            )
+            self.emitter.add("tl.store(y + rows[:, None] + d[None, :], result, mask=inside)")
+        self._host()
+        return self.emitter.kernel()
+
+    def _decode_rows(self) -> None:
+        e = self.emitter
+        e.add(
+            "sequence = tl.program_id(0) // G",
+            "g = tl.program_id(0) % G",
+            "# Rows: the query heads of one key head.",
+            "m = tl.arange(0, BLOCK_M)",
+            "d = tl.arange(0, BLOCK_D)",
+            "head = g * GROUP + m",
+            "row_inside = m < GROUP",
+            "context = tl.load(context_lens + sequence)",
+            "rows = (sequence.to(tl.int64) * H + head) * D",
+            "first = 0" if not self.what.window else "first = tl.maximum(context - WINDOW, 0)",
+            "last = context",
+        )
+        if self.parts:
+            e.add(
+                "# This part's keys, whole steps of them.",
+                "start = first // BLOCK_T * BLOCK_T",
+                "length = tl.cdiv(tl.cdiv(context - start, BLOCK_T), SPLITS) * BLOCK_T",
+                "start += tl.program_id(1) * length",
+                "last = tl.minimum(start + length, context)",
+            )
+        else:
+            e.add("start = first // BLOCK_T * BLOCK_T")
+
+    def _prefill_rows(self) -> None:
+        e = self.emitter
+        e.add(
+            "sequence = tl.program_id(2)",
+            "g = tl.program_id(1)",
+            "query_start = tl.load(query_starts + sequence)",
+            "queries = tl.load(query_starts + sequence + 1) - query_start",
+        )
+        with e.block("if tl.program_id(0) * BLOCK_M >= queries * GROUP:"):
+            e.add("return")
+        e.add(
+            "# Rows: queries, and within one the query heads of one key head.",
+            "m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)",
+            "d = tl.arange(0, BLOCK_D)",
+            "query = m // GROUP",
+            "head = g * GROUP + m % GROUP",
+            "row_inside = query < queries",
+            "context = tl.load(context_lens + sequence)",
+            "position = context - queries + query",
+            "rows = ((query_start + query).to(tl.int64) * H + head) * D",
+            "last_query = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)",
+            "last = context - queries + last_query + 1",
+        )
+        if self.what.window:
+            e.add("first = tl.maximum(context - queries + tl.program_id(0) * BLOCK_M // GROUP + 1 - WINDOW, 0)")
+            e.add("start = first // BLOCK_T * BLOCK_T")
+        else:
+            e.add("start = 0")
+
+    def _main_loop(self) -> None:
+        e, what = self.emitter, self.what
+        exact = ', input_precision="ieee"' if what.dtype == "fp32" else ""
+        e.add("inside = row_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else ""))
+        e.add("queries_tile = tl.load(q + rows[:, None] + d[None, :], mask=inside, other=0.0)")
+        if what.alibi:
+            e.add(f"slope = tl.load(slopes + head, mask=row_inside, other=0.0) * {LOG2_E!r}")
+        e.add(
+            'highest = tl.full([BLOCK_M], float("-inf"), tl.float32)',
+            "total = tl.zeros([BLOCK_M], tl.float32)",
+            "acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
+            "table = block_table + sequence.to(tl.int64) * table_stride",
+        )
+        with e.block("for step in range(start, last, BLOCK_T):"):
+            e.add("t = step + tl.arange(0, BLOCK_T)", "t_inside = t < last")
+            if self.whole_pages:
+                e.add("block = tl.load(table + step // PAGE).to(tl.int64)")
+                e.add("slot = block * PAGE + step % PAGE + tl.arange(0, BLOCK_T)")
+            else:
+                e.add("block = tl.load(table + t // PAGE, mask=t_inside, other=0).to(tl.int64)")
+                e.add("slot = block * PAGE + t % PAGE")
+            mask = "t_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else "")
+            e.add(
+                "place = (slot * G + g)[:, None] * D + d[None, :]",
+                f"keys = tl.load(k_cache + place, mask={mask}, other=0.0)",
+                f"values = tl.load(v_cache + place, mask={mask}, other=0.0)",
+                f"scores = tl.dot(queries_tile, tl.trans(keys){exact}) * SCALE",
+            )
+            if what.softcap:
+                e.add(
+                    "# tanh z = 1 - 2 / (exp(2 z) + 1)",
+                    "scores = SOFTCAP - 2.0 * SOFTCAP / (tl.exp(scores * (2.0 / SOFTCAP)) + 1.0)",
+                    f"scores *= {LOG2_E!r}",
+                )
+            position = "(context - 1)" if self.splits is not None else "position[:, None]"
+            if what.alibi:
+                e.add(f"scores += slope[:, None] * (t[None, :] - {position}).to(tl.float32)")
+            seen = ["t_inside[None, :]"] if self.splits is not None else [f"(t[None, :] <= {position})"]
+            seen += [f"(t[None, :] > {position} - WINDOW)"] * bool(what.window)
+            e.add(
+                f'scores = tl.where({" & ".join(seen)}, scores, float("-inf"))',
+                "above = tl.maximum(highest, tl.max(scores, 1))",
+                'safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key',
+                "weights = tl.exp2(scores - safe[:, None])",
+                "decay = tl.exp2(highest - safe)",
+                "total = total * decay + tl.sum(weights, 1)",
+                f"acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None]{exact})",
+                "highest = above",
+            )
+
+    def _combine(self) -> None:
+        e = self.emitter
+        stride = "(BLOCK_D + 2)"
+        e.add(
+            "# Every part leaves its sums; the last to arrive combines them in order.",
+            f"scratch = partial + tl.program_id(0).to(tl.int64) * (SPLITS * BLOCK_M * {stride})",
+            f"own = scratch + (tl.program_id(1) * BLOCK_M + m) * {stride}",
+            "tl.store(own[:, None] + d[None, :], acc, mask=row_inside[:, None])",
+            "tl.store(own + BLOCK_D, highest, mask=row_inside)",
+            "tl.store(own + BLOCK_D + 1, total, mask=row_inside)",
+            "tl.debug_barrier()  # the counter follows what all threads stored",
+            'before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")',
+        )
+        with e.block("if before != SPLITS - 1:"):
+            e.add("return")
+        e.add(
+            "tl.debug_barrier()",
+            "tl.store(arrived + tl.program_id(0), 0)  # ready for the next launch",
+            "p = tl.arange(0, BLOCK_P)",
+            f"all_parts = scratch + (p[None, :] * BLOCK_M + m[:, None]) * {stride}",
+            "part_inside = row_inside[:, None] & (p < SPLITS)[None, :]",
+            'maxima = tl.load(all_parts + BLOCK_D, mask=part_inside, other=float("-inf"), cache_modifier=".cg")',
+            'totals = tl.load(all_parts + BLOCK_D + 1, mask=part_inside, other=0.0, cache_modifier=".cg")',
+            "highest = tl.max(maxima, 1)",
+            'safe = tl.where(highest > float("-inf"), highest, 0.0)',
+            "total = tl.sum(totals * tl.exp2(maxima - safe[:, None]), 1)",
+            "result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
+        )
+        with e.block("for part in range(SPLITS):"):
+            e.add(
+                f"row = scratch + (part * BLOCK_M + m) * {stride}",
+                'top = tl.load(row + BLOCK_D, mask=row_inside, other=float("-inf"), cache_modifier=".cg")',
+                'sums = tl.load(row[:, None] + d[None, :], mask=row_inside[:, None], other=0.0, cache_modifier=".cg")',
+                "result += sums * tl.exp2(top - safe)[:, None]",
+            )
+        e.add("# A row that sees no key gives 0.", "result = result / tl.where(total > 0.0, total, 1.0)[:, None]")
+        e.add("tl.store(y + rows[:, None] + d[None, :], result, mask=inside)")
+
+    def _host(self) -> None:
+        e, what = self.emitter, self.what
+        arguments = list(self.tensors)
+        parameters = list(self.tensors)
+        if self.splits is None:
+            parameters.insert(6, "longest")
+        note = " Scratch is kept, so launches of a device must follow one another." if self.parts else ""
+        lines = [f"def launch({', '.join(parameters)}):", f'    """Fills y; all tensors are contiguous.{note}"""']
+        lines += ["    sequences = context_lens.shape[0]"]
+        if self.parts:
+            assert self.splits is not None
+            size = self.splits * int(str(e.constants["BLOCK_M"])) * (int(str(e.constants["BLOCK_D"])) + 2)
+            e.host += ["SCRATCH = {}  # by device: the parts' sums, and how many have arrived", "", ""]
+            lines += [
+                f"    groups = sequences * {what.kv_heads!r}",
+                "    device = y.device",
+                "    if device not in SCRATCH or SCRATCH[device][1].shape[0] < groups:",
+                "        SCRATCH[device] = (",
+                f"            torch.empty(groups * {size!r}, dtype=torch.float32, device=device),",
+                "            torch.zeros(groups, dtype=torch.int32, device=device),",
+                "        )",
+            ]
+            arguments += ["*SCRATCH[device]"]
+        arguments += ["block_table.stride(0)"]
+        if self.splits is None:
+            rows = f"triton.cdiv(longest * {what.group!r}, {e.constants['BLOCK_M']!r})"
+            lines += ["    if sequences and longest:"]
+            grid = f"({rows}, {what.kv_heads!r}, sequences)"
+        else:
+            lines += ["    if sequences:"]
+            grid = (
+                f"(sequences * {what.kv_heads!r}, {self.splits!r})"
+                if self.parts
+                else f"(sequences * {what.kv_heads!r},)"
+            )
+        e.host += [*lines, f"        {e.launched(grid, *arguments)}"]

@@ -1,0 +1,132 @@
+"""Rotary embedding of queries and keys and the write of keys and values into a paged cache, in one launch."""
+
+from dataclasses import dataclass
+
+from fuser.codegen.kernel import Emitter, Kernel, element, power_of_two
+from fuser.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """What a rotary cache-write kernel computes, for the tokens of a step, of any sequences.
+
+    The first `rotary_dim` channels of every head of q and k turn by the angles of the token's position; pairs are (i, i + R),
+    or (2i, 2i + 1) when interleaved. Keys and values go to the token's slot: given, or with `by_block_table` looked up.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    page: int = 16
+    interleaved: bool = False
+    by_block_table: bool = False
+    dtype: str = "bf16"
+    table_dtype: str = "fp32"
+
+    @property
+    def tensors(self) -> list[str]:
+        """The kernel's tensors, in the order of `launch`."""
+        where = ["sequences", "block_table"] if self.by_block_table else ["slot_mapping"]
+        return ["q", "k", "v", "cos", "sin", "positions", *where, "turned", "k_cache", "v_cache"]
+
+
+def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) -> Kernel:
+    """The kernel of `what`.
+
+    launch(q, k, v, cos, sin, positions, slot_mapping | sequences, block_table, turned, k_cache, v_cache): q [tokens, H Dh],
+    k, v [tokens, G Dh], rows perhaps strided (parts of one product); cos, sin [positions, R] of `table_dtype`; positions,
+    slot_mapping, sequences [tokens] int32; block_table [sequences, blocks] int32; turned [tokens, H, Dh]; the caches
+    [blocks, page, G, Dh]. A token of slot -1 (of sequence -1) is written nowhere, its query is turned.
+
+    Raises:
+        UsageError: heads, widths or dtypes that cannot be.
+    """
+    R = what.rotary_dim // 2
+    if what.rotary_dim % 2 or not 0 < what.rotary_dim <= what.head_dim:
+        raise UsageError(f"codegen: rotary_dim is even and at most head_dim {what.head_dim}, not {what.rotary_dim}")
+    if what.kv_heads < 1 or what.heads % what.kv_heads:
+        raise UsageError(f"codegen: {what.heads} query heads do not share {what.kv_heads} key heads evenly")
+    q_blocks, kv_blocks = -(-what.heads // BLOCK_H), -(-what.kv_heads // BLOCK_H)
+    slot = "looked up in the block table" if what.by_block_table else "given"
+    e = Emitter(
+        "rotary_cache_write",
+        f"Rotary embedding of {what.heads} query and {what.kv_heads} key heads, cache write of keys and values.",
+        (
+            f"Grid: (tokens, {q_blocks} blocks of query heads + {kv_blocks} blocks of key heads).",
+            f"One program turns {BLOCK_H} heads of one token, {what.rotary_dim} of {what.head_dim} channels, pairs "
+            + ("(2i, 2i + 1)," if what.interleaved else f"(i, i + {R}),"),
+            f"and writes keys and values to their slot, which is {slot}. In float32, rounded once.",
+        ),
+        {"num_warps": num_warps, "num_stages": 1},
+    )
+    for name in what.tensors:
+        dtype = what.table_dtype if name in ("cos", "sin") else what.dtype
+        integers = name in ("positions", "slot_mapping", "sequences", "block_table")
+        e.pointer(name, "i32" if integers else element(dtype))
+    strides = ["q_stride", "k_stride", "v_stride", *["table_stride"] * what.by_block_table]
+    for name in strides:
+        e.integer(name)
+    e.constant(H=what.heads, G=what.kv_heads, D=what.head_dim, R=R, PAGE=what.page)
+    e.constant(BLOCK_H=BLOCK_H, BLOCK_R=power_of_two(R), BLOCK_D=power_of_two(what.head_dim))
+    rest = what.head_dim - what.rotary_dim
+    if rest:
+        e.constant(BLOCK_REST=power_of_two(rest))
+    e.add(
+        "token = tl.program_id(0).to(tl.int64)",
+        "position = tl.load(positions + token).to(tl.int64)",
+        "r = tl.arange(0, BLOCK_R)",
+        "cosine = tl.load(cos + position * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]",
+        "sine = tl.load(sin + position * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]",
+    )
+    with e.block(f"if tl.program_id(1) < {q_blocks!r}:"):
+        e.add("h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]")
+        _turn(e, what, "q + token * q_stride", "turned + token * (H * D)", "H")
+    with e.block("else:"):
+        e.add(f"h = (tl.program_id(1) - {q_blocks!r}) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]")
+        if what.by_block_table:
+            e.add("sequence = tl.load(sequences + token).to(tl.int64)")
+            with e.block("if sequence < 0:"):
+                e.add("return")
+            e.add(
+                "block = tl.load(block_table + sequence * table_stride + position // PAGE).to(tl.int64)",
+                "slot = block * PAGE + position % PAGE",
+            )
+        else:
+            e.add("slot = tl.load(slot_mapping + token).to(tl.int64)")
+            with e.block("if slot < 0:"):
+                e.add("return")
+        _turn(e, what, "k + token * k_stride", "k_cache + slot * (G * D)", "G")
+        e.add("d = tl.arange(0, BLOCK_D)[None, :]", "whole = (h < G) & (d < D)")
+        e.add("value = tl.load(v + token * v_stride + h * D + d, mask=whole)")
+        e.add("tl.store(v_cache + slot * (G * D) + h * D + d, value, mask=whole)")
+    given = [*what.tensors, "q.stride(0)", "k.stride(0)", "v.stride(0)"]
+    given += ["block_table.stride(0)"] * what.by_block_table
+    e.host += [
+        f"def launch({', '.join(what.tensors)}):",
+        '    """Fills turned and the slots of the caches; the rows of q, k and v may be strided."""',
+        "    tokens = positions.shape[0]",
+        "    if tokens:",
+        f"        {e.launched(f'(tokens, {q_blocks + kv_blocks!r})', *given)}",
+    ]
+    return e.kernel()
+
+
+def _turn(e: Emitter, what: Rotary, source: str, target: str, heads: str) -> None:
+    """Heads `h` of `source`, turned, to `target`; channels that do not turn are copied."""
+    e.add(
+        f"inside = (h < {heads}) & (r < R)[None, :]",
+        "first = h * D + " + ("2 * r[None, :]" if what.interleaved else "r[None, :]"),
+        "second = first + " + ("1" if what.interleaved else "R"),
+        f"a = tl.load({source} + first, mask=inside).to(tl.float32)",
+        f"b = tl.load({source} + second, mask=inside).to(tl.float32)",
+        f"tl.store({target} + first, a * cosine - b * sine, mask=inside)",
+        f"tl.store({target} + second, b * cosine + a * sine, mask=inside)",
+    )
+    if what.rotary_dim < what.head_dim:
+        e.add(
+            "rest = 2 * R + tl.arange(0, BLOCK_REST)[None, :]",
+            f"kept_inside = (h < {heads}) & (rest < D)",
+            f"kept = tl.load({source} + h * D + rest, mask=kept_inside)",
+            f"tl.store({target} + h * D + rest, kept, mask=kept_inside)",
+        )

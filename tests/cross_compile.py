@@ -1,0 +1,107 @@
+"""Compiles the kernels of the shapes that matter for GPUs that need not be there, and prints what each takes, as JSON lines.
+
+Run as `python -m tests.cross_compile [sm_80 ...]`, in a process without Triton's interpreter.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from fuser.codegen import attention, cache, rotary, rowwise
+from fuser.codegen.kernel import Kernel
+from fuser.codegen.linear import Linear, linear
+
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+
+
+def kernels() -> Iterator[tuple[str, Kernel]]:
+    """What a layer of Llama-2-7B and of Llama-3-8B takes, and each part of each family once."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield f"rms_norm 4096 {dtype}", rowwise.norm("rms", 4096, eps=1e-5, dtype=dtype)
+        yield f"skip_rms_norm 4096 {dtype}", rowwise.norm("rms", 4096, eps=1e-5, dtype=dtype, skip=True)
+    yield "layer_norm 14336", rowwise.norm("layer", 14336, eps=1e-5, bias=True)
+    yield "skip_layer_norm 2560", rowwise.norm("layer", 2560, eps=1e-5, bias=True, skip=True)
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        yield f"gate {activation} 11008", rowwise.gate(11008, activation=activation)
+    for tokens in (1, 16, 64):
+        yield f"norm+qkv M{tokens}", linear(Linear(12288, 4096, tokens=tokens, norm_eps=1e-5))
+        yield f"norm+qkv 8B M{tokens}", linear(Linear(6144, 4096, tokens=tokens, norm_eps=1e-5))
+        yield f"o+residual M{tokens}", linear(Linear(4096, 4096, tokens=tokens, residual=True))
+        gate_up = Linear(22016, 4096, tokens=tokens, norm_eps=1e-5, activation="silu")
+        yield f"norm+gate_up M{tokens}", linear(gate_up)
+        yield f"down+residual M{tokens}", linear(Linear(4096, 11008, tokens=tokens, residual=True))
+        yield f"[K, N] M{tokens}", linear(Linear(4096, 4096, tokens=tokens, by_input=True, bias=True, norm_eps=1e-5))
+        yield (
+            f"fp16 M{tokens}",
+            linear(Linear(22016, 4096, tokens=tokens, dtype="fp16", norm_eps=1e-5, activation="silu")),
+        )
+        yield f"fp32 M{tokens}", linear(Linear(4096, 4096, tokens=tokens, dtype="fp32", norm_eps=1e-5))
+    for heads, kv_heads, D in ((32, 32, 128), (32, 8, 128), (71, 1, 64), (32, 32, 80), (16, 8, 256)):
+        for page in (16, 64):
+            what = attention.Attention(heads, kv_heads, D, D**-0.5, page)
+            BLOCK_T, stages = (64, 3) if D <= 128 else (32, 2)
+            for splits in (1, 8):
+                kernel = attention.decode(what, splits=splits, BLOCK_T=BLOCK_T, num_stages=stages)
+                yield f"decode {heads}/{kv_heads} {D} page {page} parts {splits}", kernel
+            kernel = attention.prefill(what, BLOCK_T=BLOCK_T)
+            yield f"prefill {heads}/{kv_heads} {D} page {page}", kernel
+    capped = attention.Attention(16, 8, 256, 0.0625, 16, window=4096, softcap=50.0, alibi=True)
+    yield "decode window softcap alibi", attention.decode(capped, splits=4, BLOCK_T=32, num_stages=2)
+    yield "prefill window softcap alibi", attention.prefill(capped, BLOCK_T=32)
+    for interleaved in (False, True):
+        for by_table in (False, True):
+            what_r = rotary.Rotary(32, 8, 128, 64 if interleaved else 128, 16, interleaved, by_table)
+            yield f"rotary interleaved={interleaved} table={by_table}", rotary.rotary_cache_write(what_r)
+
+
+def compiled(kernel: Kernel, target: str) -> dict[str, int]:
+    """Registers, spills (bytes stored) and shared memory of a kernel."""
+    function = cache.load(kernel).kernel
+    names = list(kernel.signature) + list(kernel.constants)
+    signature = {**kernel.signature, **dict.fromkeys(kernel.constants, "constexpr")}
+    constants = {(names.index(name),): value for name, value in kernel.constants.items()}
+    aligned = [
+        i for i, (name, kind) in enumerate(kernel.signature.items()) if kind[0] == "*" or name.endswith("stride")
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(function, signature, constants, attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options=dict(kernel.options))
+    return {"shared": result.metadata.shared, **_resources(result.asm["ptx"], target)}
+
+
+def _resources(ptx: str, target: str) -> dict[str, int]:
+    """What ptxas reports: Triton keeps spills only where it loads the kernel, which takes a GPU."""
+    architecture = re.search(r"\.target (sm_\w+)", ptx)
+    assert architecture is not None
+    tool = get_ptxas(TARGETS[target])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        command = [tool.path, "-v", f"--gpu-name={architecture[1]}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills, registers = re.search(r"(\d+) bytes spill stores", said), re.search(r"Used (\d+) registers", said)
+    assert spills is not None and registers is not None, said
+    return {"spills": int(spills[1]), "registers": int(registers[1])}
+
+
+def main(targets: list[str]) -> None:
+    for target in targets or list(TARGETS):
+        for name, kernel in kernels():
+            try:
+                found: dict[str, object] = dict(compiled(kernel, target))
+            except Exception as error:
+                found = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps({"target": target, "kernel": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,76 @@
+"""y = x W^T + residual for at most 16 tokens, W [4096, 4096].
+
+Grid: (blocks of columns of y, 6 parts of K).
+One program computes 64 columns of y for every token, 128 columns of x a step.
+The last of a block's parts to arrive adds them all, in their order, so results repeat bit by bit.
+Products by tensor cores, sums in float32, rounded once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(
+    x,
+    weight,
+    residual,
+    y,
+    partial,
+    arrived,
+    tokens,
+    N: tl.constexpr = 4096,
+    K: tl.constexpr = 4096,
+    BLOCK_N: tl.constexpr = 64,
+    BLOCK_K: tl.constexpr = 128,
+    BLOCK_M: tl.constexpr = 16,
+    SPLITS: tl.constexpr = 6,
+    PART: tl.constexpr = 768,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    m_inside = m < tokens
+    out_rows = weight + n.to(tl.int64) * K
+    # Main loop: W streams by, x stays in the cache.
+    out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    begin = tl.program_id(1) * PART
+    end = tl.minimum(begin + PART, K)
+    for step in range(begin, end, BLOCK_K):
+        k = step + tl.arange(0, BLOCK_K)
+        k_inside = k < end
+        out_tile = tl.load(out_rows[:, None] + k[None, :], mask=k_inside[None, :], other=0.0, eviction_policy="evict_first")
+        a = tl.load(x + m[None, :] * K + k[:, None], mask=m_inside[None, :] & k_inside[:, None], other=0.0, eviction_policy="evict_last")
+        out = tl.dot(out_tile, a, out)
+    # Every part leaves its sums; the last to arrive adds them in order.
+    inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+    block = partial + tl.program_id(0).to(tl.int64) * (SPLITS * 1 * BLOCK_N * BLOCK_M)
+    tl.store(block + (tl.program_id(1) * 1 + 0) * BLOCK_N * BLOCK_M + inner, out)
+    tl.debug_barrier()  # the counter follows what all threads stored
+    before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
+    if before != SPLITS - 1:
+        return
+    tl.debug_barrier()
+    tl.store(arrived + tl.program_id(0), 0)  # ready for the next launch
+    out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for part in range(SPLITS):
+        out += tl.load(block + (part * 1 + 0) * BLOCK_N * BLOCK_M + inner, cache_modifier=".cg")
+    # Epilogue.
+    out += tl.load(residual + m[None, :] * N + n[:, None], mask=m_inside[None, :]).to(tl.float32)
+    tl.store(y + m[None, :] * N + n[:, None], out, mask=m_inside[None, :])
+
+
+SCRATCH = {}  # by device: the parts' sums, and how many have arrived
+
+
+def launch(x, weight, residual, y):
+    """Fills y; all tensors are contiguous. Scratch is kept, so launches of a device must follow one another."""
+    tokens = x.numel() // 4096
+    if not 0 < tokens <= 16:
+        raise ValueError(f"this kernel takes 1 to 16 tokens, not {tokens}")
+    if x.device not in SCRATCH:
+        SCRATCH[x.device] = (
+            torch.empty(393216, dtype=torch.float32, device=x.device),
+            torch.zeros(64, dtype=torch.int32, device=x.device),
+        )
+    kernel[(64, 6)](x, weight, residual, y, *SCRATCH[x.device], tokens, num_warps=4, num_stages=4)

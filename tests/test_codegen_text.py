@@ -1,0 +1,72 @@
+"""The emitted source: as it was last looked at, and compiled for GPUs that need not be there."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuser.codegen import attention, linear, rotary, rowwise
+from fuser.codegen.kernel import Kernel
+from tests.cross_compile_limits import SHARED
+
+GOLDEN = Path(__file__).parent / "emitted"
+
+
+def kernels() -> dict[str, Kernel]:
+    """One of every family, small enough to read."""
+    attend = attention.Attention(32, 8, 128, 0.08838834764831845, 16)
+    extras = attention.Attention(8, 4, 80, 0.1118, 64, window=4096, softcap=50.0, alibi=True)
+    gate_up = linear.Linear(22016, 4096, norm_eps=1e-5, activation="silu")
+    return {
+        "skip_rms_norm": rowwise.norm("rms", 4096, eps=1e-5, skip=True),
+        "layer_norm": rowwise.norm("layer", 2560, eps=1e-12, bias=True),
+        "gate": rowwise.gate(11008, activation="silu"),
+        "linear_norm_gate_up": linear.linear(gate_up),
+        "linear_residual_parts": linear.linear(linear.Linear(4096, 4096, tokens=16, residual=True)),
+        "rotary_cache_write": rotary.rotary_cache_write(rotary.Rotary(32, 8, 128, 128)),
+        "paged_decode_parts": attention.decode(attend, splits=8),
+        "paged_prefill_extras": attention.prefill(extras),
+    }
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_the_text_is_the_golden_one(name: str, update_golden: bool) -> None:
+    text, golden = kernels()[name].text, GOLDEN / f"{name}.py"
+    if update_golden:
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_the_text_is_a_documented_module(name: str) -> None:
+    kernel = kernels()[name]
+    tree = ast.parse(kernel.text)
+    documentation = ast.get_docstring(tree)
+    assert documentation is not None and "Grid: (" in documentation and "float32" in documentation
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    parameters = [argument.arg for argument in functions["kernel"].args.args]
+    assert parameters == [*kernel.signature, *kernel.constants]
+    for function in functions.values():
+        if function.name != "kernel":
+            assert ast.get_docstring(function)
+
+
+def test_two_emissions_are_one_text() -> None:
+    assert {n: k.text for n, k in kernels().items()} == {n: k.text for n, k in kernels().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+def test_compiles_without_spills(target: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "FUSER_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.cross_compile", target]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) > 60
+    assert [row for row in rows if row.get("error") or row["spills"]] == []
+    assert [row for row in rows if row["shared"] > SHARED[target]] == []
