@@ -33,8 +33,9 @@ def compile(
     """A module with the same signature, parameters, inputs and outputs as `module`, run through its fused graph.
 
     It is an instance of the module's own class and shares its parameters; `.graph`, `.report`, `.explain()` and
-    `.save(path)` are added. It is for inference: nothing it gives requires a gradient, dropout is off. Without example inputs
-    it is compiled when it is first called. Inputs of another form (other dtypes, ranks, keywords) are compiled anew.
+    `.save(path)` are added. It is for inference: nothing it gives requires a gradient, dropout is off. Without example
+    inputs it is compiled when it is first called. Inputs of another form (other dtypes, ranks, keywords) are compiled anew,
+    and so is everything once parameters have been written to, loaded or converted.
 
     Args:
         example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor.
