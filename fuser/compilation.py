@@ -92,6 +92,7 @@ class Compilation:
     module: nn.Module
     options: Options
     variants: dict[Hashable, list[Variant]] = field(default_factory=dict)
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the parameters, when they were compiled
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
@@ -107,12 +108,23 @@ class Compilation:
         """Drops what was compiled: parameters have moved or changed."""
         self.variants.clear()
 
+    def _watch(self) -> None:
+        """Remembers the parameters as they are: weights that are joined, folded or looked at are not read again."""
+        self.versions = [(p, p._version) for p in self.module.parameters() if not p.is_inference()]
+
+    def _follow(self) -> None:
+        """Drops what was compiled of parameters that have been written to since."""
+        if any(parameter._version != version for parameter, version in self.versions):
+            self.versions = []
+            self.forget()
+
     def renewed(self, module: nn.Module) -> "Compilation":
         """The same for another module of the kind, with nothing compiled yet."""
         return type(self)(module, self.options)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns for some arguments."""
+        self._follow()
         leaves, key = self._form(args, kwargs)
         for variant in self.variants.get(key, ()):
             try:
@@ -150,6 +162,7 @@ class Compilation:
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         report = Report(type(self.module).__name__, self.options.backend)
+        self._watch()
         program = self._program(args, kwargs, report)
         made = linked(program, report, self.options)
         specs = program.graph_signature.output_specs

@@ -48,8 +48,9 @@ def compile(
     """A module with the same signature, parameters, inputs and outputs as `module`, run through its fused graph.
 
     It is an instance of the module's own class and shares its parameters; `.graph`, `.report`, `.explain()` and
-    `.save(path)` are added. It is for inference: nothing it gives requires a gradient, dropout is off. Without example inputs
-    it is compiled when it is first called. Inputs of another form (other dtypes, ranks, keywords) are compiled anew.
+    `.save(path)` are added. It is for inference: nothing it gives requires a gradient, dropout is off. Without example
+    inputs it is compiled when it is first called. Inputs of another form (other dtypes, ranks, keywords) are compiled anew,
+    and so is everything once parameters have been written to, loaded or converted.
 
     Args:
         module: a module; or an `ExportedProgram`, which becomes a module of the form that it was exported for, its sizes as

@@ -96,6 +96,7 @@ class Pretrained(Compilation):
     def first(self) -> Linked:
         """The compiled model; compiled now, if it is not."""
         if self.made is None:
+            self._watch()
             self._probe()
             self.made = self._captured()
         return self.made
@@ -256,6 +257,7 @@ class Pretrained(Compilation):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns; by the model itself, where the call is of a form that is not compiled."""
+        self._follow()
         executor = self.first.executor
         try:
             given = self._given(args, kwargs)

@@ -321,6 +321,20 @@ def test_loaded_weights_are_seen() -> None:
     assert error_of(made(ids).logits, model(ids).logits) <= TOLERANCE
 
 
+def test_weights_that_are_written_to() -> None:
+    """Those that are packed with others, and those that are used as they are."""
+    model = architectures.model("qwen2")
+    ids, _ = tokens(2, 5)
+    made = fuser.compile(model)
+    attention = model.model.layers[0].self_attn
+    for weight in (attention.q_proj.weight, attention.o_proj.weight):
+        weight.mul_(2)
+    assert error_of(made(ids).logits, model(ids).logits) <= TOLERANCE
+    linked = made._compilation.made
+    made(ids)
+    assert made._compilation.made is linked, "compiled once"
+
+
 def test_it_is_the_model_it_was() -> None:
     model, made = pair("llama")
     assert isinstance(made, type(model)) and not made.training

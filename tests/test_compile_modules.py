@@ -240,6 +240,18 @@ def test_buffers_and_parameters_of_its_own_move_with_it() -> None:
     assert made.shift.dtype is made.scale.dtype is F64
 
 
+def test_parameters_that_are_written_to() -> None:
+    module, x = Two(), torch.randn(3, 6)
+    made = fuser.compile(module, (x, x))
+    before = made(x, x)
+    module.linear.weight.mul_(2)
+    agree(made(x, x), module(x, x))
+    assert not torch.equal(made(x, x), before)
+    variants = made._compilation.variants
+    made(x, x)
+    assert made._compilation.variants is variants and len(variants) == 1
+
+
 def test_hooks_run_once() -> None:
     module, x = Two(), torch.randn(3, 6)
     module.register_forward_hook(lambda part, given, out: out * 3)
