@@ -39,8 +39,15 @@ def kernel(
     for step in range(begin, end, BLOCK_K):
         k = step + tl.arange(0, BLOCK_K)
         k_inside = k < end
-        out_tile = tl.load(out_rows[:, None] + k[None, :], mask=k_inside[None, :], other=0.0, eviction_policy="evict_first")
-        a = tl.load(x + m[None, :] * K + k[:, None], mask=m_inside[None, :] & k_inside[:, None], other=0.0, eviction_policy="evict_last")
+        out_tile = tl.load(
+            out_rows[:, None] + k[None, :], mask=k_inside[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        a = tl.load(
+            x + m[None, :] * K + k[:, None],
+            mask=m_inside[None, :] & k_inside[:, None],
+            other=0.0,
+            eviction_policy="evict_last",
+        )
         out = tl.dot(out_tile, a, out)
     # Every part leaves its sums; the last to arrive adds them in order.
     inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]

@@ -118,4 +118,15 @@ def launch(q, k_cache, v_cache, block_table, context_lens, y):
             torch.zeros(groups, dtype=torch.int32, device=device),
         )
     if sequences:
-        kernel[(sequences * 8, 8)](q, k_cache, v_cache, block_table, context_lens, y, *SCRATCH[device], block_table.stride(0), num_warps=4, num_stages=3)
+        kernel[(sequences * 8, 8)](
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            context_lens,
+            y,
+            *SCRATCH[device],
+            block_table.stride(0),
+            num_warps=4,
+            num_stages=3,
+        )

@@ -71,7 +71,9 @@ def kernel(
         scores = SOFTCAP - 2.0 * SOFTCAP / (tl.exp(scores * (2.0 / SOFTCAP)) + 1.0)
         scores *= 1.4426950408889634
         scores += slope[:, None] * (t[None, :] - position[:, None]).to(tl.float32)
-        scores = tl.where((t[None, :] <= position[:, None]) & (t[None, :] > position[:, None] - WINDOW), scores, float("-inf"))
+        scores = tl.where(
+            (t[None, :] <= position[:, None]) & (t[None, :] > position[:, None] - WINDOW), scores, float("-inf")
+        )
         above = tl.maximum(highest, tl.max(scores, 1))
         safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key
         weights = tl.exp2(scores - safe[:, None])
@@ -88,4 +90,16 @@ def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest
     """Fills y; all tensors are contiguous."""
     sequences = context_lens.shape[0]
     if sequences and longest:
-        kernel[(triton.cdiv(longest * 2, 64), 4, sequences)](q, k_cache, v_cache, block_table, context_lens, query_starts, slopes, y, block_table.stride(0), num_warps=8, num_stages=2)
+        kernel[(triton.cdiv(longest * 2, 64), 4, sequences)](
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            context_lens,
+            query_starts,
+            slopes,
+            y,
+            block_table.stride(0),
+            num_warps=8,
+            num_stages=2,
+        )

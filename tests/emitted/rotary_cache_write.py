@@ -69,4 +69,20 @@ def launch(q, k, v, cos, sin, positions, slot_mapping, turned, k_cache, v_cache)
     """Fills turned and the slots of the caches; the rows of q, k and v may be strided."""
     tokens = positions.shape[0]
     if tokens:
-        kernel[(tokens, 10)](q, k, v, cos, sin, positions, slot_mapping, turned, k_cache, v_cache, q.stride(0), k.stride(0), v.stride(0), num_warps=2, num_stages=1)
+        kernel[(tokens, 10)](
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            positions,
+            slot_mapping,
+            turned,
+            k_cache,
+            v_cache,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            num_warps=2,
+            num_stages=1,
+        )
