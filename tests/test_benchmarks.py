@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
-from tests.benchmarks import decode
+from tests.benchmarks import decode, kernels
 
 
 @pytest.mark.slow
@@ -47,3 +47,12 @@ def test_failures_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert rows[2].reason.startswith("decode: differs by ")
     text = decode.section(torchscript, rows)
     assert "no such thing" in text and "differs by" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.main(["--seconds", "0"])
+    printed = capsys.readouterr().out
+    assert " failed" not in printed and "not counted" not in printed
+    assert printed.count("x ") >= 31
