@@ -38,7 +38,7 @@ class Attention:
 
 
 def decode(
-    what: Attention, *, splits: int = 1, BLOCK_T: int = 64, num_warps: int | None = None, num_stages: int = 3
+    what: Attention, *, splits: int = 1, BLOCK_T: int | None = None, num_warps: int | None = None, num_stages: int = 3
 ) -> Kernel:
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
@@ -49,11 +49,13 @@ def decode(
         UsageError: heads, widths or dtypes that cannot be.
     """
     BLOCK_M = max(power_of_two(what.group), 16)
-    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps or (8 if BLOCK_M >= 64 else 4), num_stages).kernel()
+    many = BLOCK_M >= 64  # rows, whose sums and scores must fit the registers
+    BLOCK_T = BLOCK_T or (32 if many or what.head_dim > 128 else 64)
+    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps or (8 if many else 4), num_stages).kernel()
 
 
 def prefill(
-    what: Attention, *, BLOCK_M: int = 64, BLOCK_T: int = 64, num_warps: int | None = None, num_stages: int = 2
+    what: Attention, *, BLOCK_M: int = 64, BLOCK_T: int | None = None, num_warps: int | None = None, num_stages: int = 2
 ) -> Kernel:
     """The kernel of `what` for any number of queries a sequence.
 
@@ -64,7 +66,8 @@ def prefill(
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
     """
-    warps = num_warps or (8 if what.head_dim > 64 else 4)  # sums of wide heads would not fit four warps' registers
+    BLOCK_T = BLOCK_T or (32 if what.head_dim > 64 else 64)  # sums and scores must fit the registers
+    warps = num_warps or (8 if what.head_dim > 128 else 4)
     return _Composition(what, BLOCK_M, BLOCK_T, None, warps, num_stages).kernel()
 
 

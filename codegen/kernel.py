@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fuser.errors import UsageError
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # Triton's names of the element types that kernels take, with their bytes
+WIDTH = 120  # of a line of text
 LONGEST_ROW = 65536  # what one program can hold: the widest row of a norm
 
 
@@ -82,12 +83,38 @@ class Emitter:
             out += ["", "", *part.strip("\n").splitlines()]
         out += ["", "", "@triton.jit", "def kernel(", *parameters, "):", *self.lines]
         out += ["", "", *self.host, ""]
-        return Kernel(self.name, "\n".join(out), dict(self.signature), dict(self.constants), dict(self.options))
+        text = "\n".join(line for whole in out for line in _wrapped(whole))
+        return Kernel(self.name, text, dict(self.signature), dict(self.constants), dict(self.options))
 
     def launched(self, grid: str, *arguments: str) -> str:
         """The host's line that starts the kernel."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"kernel[{grid}]({', '.join(arguments)}{options})"
+
+
+def _wrapped(line: str) -> list[str]:
+    """A line of the text, its last call's arguments on lines of their own where it is too long, as formatters do."""
+    comment = line.lstrip().startswith(("#", '"""'))
+    if len(line) <= WIDTH or comment or not line.endswith(")"):
+        return [line]
+    depth, start = 0, len(line) - 1
+    while True:
+        depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(line[start], 0)
+        if not depth:
+            break
+        start -= 1
+    indent = line[: len(line) - len(line.lstrip())]
+    inner = line[start + 1 : -1]
+    if len(indent) + 4 + len(inner) <= WIDTH:
+        return [line[: start + 1], f"{indent}    {inner}", f"{indent})"]
+    depth, arguments = 0, [""]
+    for character in inner:
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)
+        if character == "," and not depth:
+            arguments.append("")
+        else:
+            arguments[-1] += character
+    return [line[: start + 1], *(f"{indent}    {argument.strip()}," for argument in arguments), f"{indent})"]
 
 
 def element(dtype: str) -> str:

@@ -1,7 +1,12 @@
 """What every test shares: at most two torch threads, `gpu` tests skipped where there is no CUDA device, golden files."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -48,15 +48,15 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
     for heads, kv_heads, D in ((32, 32, 128), (32, 8, 128), (71, 1, 64), (32, 32, 80), (16, 8, 256)):
         for page in (16, 64):
             what = attention.Attention(heads, kv_heads, D, D**-0.5, page)
-            BLOCK_T, stages = (64, 3) if D <= 128 else (32, 2)
+            stages = 3 if D <= 128 else 2
             for splits in (1, 8):
-                kernel = attention.decode(what, splits=splits, BLOCK_T=BLOCK_T, num_stages=stages)
+                kernel = attention.decode(what, splits=splits, num_stages=stages)
                 yield f"decode {heads}/{kv_heads} {D} page {page} parts {splits}", kernel
-            kernel = attention.prefill(what, BLOCK_T=BLOCK_T)
+            kernel = attention.prefill(what)
             yield f"prefill {heads}/{kv_heads} {D} page {page}", kernel
     capped = attention.Attention(16, 8, 256, 0.0625, 16, window=4096, softcap=50.0, alibi=True)
-    yield "decode window softcap alibi", attention.decode(capped, splits=4, BLOCK_T=32, num_stages=2)
-    yield "prefill window softcap alibi", attention.prefill(capped, BLOCK_T=32)
+    yield "decode window softcap alibi", attention.decode(capped, splits=4, num_stages=2)
+    yield "prefill window softcap alibi", attention.prefill(capped)
     for interleaved in (False, True):
         for by_table in (False, True):
             what_r = rotary.Rotary(32, 8, 128, 64 if interleaved else 128, 16, interleaved, by_table)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
-from tests.benchmarks import decode, front_door
+from tests.benchmarks import decode, front_door, kernels
 from tests.test_coverage import LLAMA
 
 
@@ -59,3 +59,12 @@ def test_front_door(buffers: str, capsys: pytest.CaptureFixture[str]) -> None:
     front_door.main(["--layers", "1", "--buffers", buffers, "--profile", "5"])
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in (*report.stages_s, "all but export")) and "cumtime" in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.main(["--seconds", "0"])
+    printed = capsys.readouterr().out
+    assert " failed" not in printed and "not counted" not in printed
+    assert printed.count("x ") >= 31

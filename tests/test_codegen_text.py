@@ -56,6 +56,15 @@ def test_the_text_is_a_documented_module(name: str) -> None:
             assert ast.get_docstring(function)
 
 
+@pytest.mark.parametrize("name", kernels())
+def test_the_text_is_formatted(name: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.py"
+    file.write_text(kernels()[name].text)
+    command = [sys.executable, "-m", "ruff", "format", "--line-length=120", "--diff", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_two_emissions_are_one_text() -> None:
     assert {n: k.text for n, k in kernels().items()} == {n: k.text for n, k in kernels().items()}
 

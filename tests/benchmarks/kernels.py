@@ -337,11 +337,11 @@ def line(work: Work, sets: int, copy: float, until: float) -> str:
     return f"{work.name:32} {took:8.1f} {rate:8.0f} {rate / copy:6.0%} {peer:9.1f} {peer / took:6.2f}x {off:8.1e}  {label}{tera}{notes}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=200.0, help="when to stop trying more configurations")
     parser.add_argument("--only", default="", help="only work whose name holds this")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     began = time.monotonic()
     copy = ceiling()

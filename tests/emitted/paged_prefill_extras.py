@@ -2,7 +2,7 @@
 
 Grid: (tiles of queries x heads of a group, key heads, sequences).
 One program computes 64 rows, each a query and a head, from keys up to the last query's.
-64 keys a step, pages of 64. Products by tensor cores, in float32.
+32 keys a step, pages of 64. Products by tensor cores, in float32.
 """
 
 import triton
@@ -26,7 +26,7 @@ def kernel(
     D: tl.constexpr = 80,
     PAGE: tl.constexpr = 64,
     BLOCK_M: tl.constexpr = 64,
-    BLOCK_T: tl.constexpr = 64,
+    BLOCK_T: tl.constexpr = 32,
     BLOCK_D: tl.constexpr = 128,
     SCALE: tl.constexpr = 0.1118,
     SOFTCAP: tl.constexpr = 50.0,
@@ -100,6 +100,6 @@ def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest
             slopes,
             y,
             block_table.stride(0),
-            num_warps=8,
+            num_warps=4,
             num_stages=2,
         )
