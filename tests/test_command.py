@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from typer.testing import CliRunner, Result
 
 import fuser
-from fuser import api, cli, exporter, verification
+from fuser import api, cli, exporter, pipeline, verification
 from tests import models, zoo
 from tests.models import one
 
@@ -398,7 +398,7 @@ def test_bugs_of_our_own(source: Path, tmp_path: Path, monkeypatch: pytest.Monke
     def bug(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr(api, "canonicalize", bug)
+    monkeypatch.setattr(pipeline, "canonicalize", bug)
     result = fuse(source, "-o", tmp_path / "o.onnx")
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr == "fuse: internal error, ZeroDivisionError: by (-v shows where; please report it)\n"
@@ -411,7 +411,7 @@ def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "canonicalize", interrupt)
+    monkeypatch.setattr(pipeline, "canonicalize", interrupt)
     result = fuse(source, "-o", tmp_path / "o.onnx")
     assert result.exit_code == 130
     assert result.stderr == "fuse: interrupted; nothing was written\n"
