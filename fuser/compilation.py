@@ -45,7 +45,7 @@ class Linked:
 
     graph: Graph
     report: Report
-    linked: Executor | None  # None where weights have no elements
+    engine: Executor | None  # None where weights have no elements
 
     @property
     def executor(self) -> Executor:
@@ -54,9 +54,9 @@ class Linked:
         Raises:
             InputError: there is nothing to run it with.
         """
-        if self.linked is None:
+        if self.engine is None:
             raise InputError("the model was compiled without its weights (on the meta device): it can be read, not run")
-        return self.linked
+        return self.engine
 
 
 @dataclass
@@ -91,6 +91,7 @@ class Compilation:
 
     module: nn.Module
     options: Options
+    program: ExportedProgram | None = None  # one that was exported before, for the first form that is compiled
     variants: dict[Hashable, list[Variant]] = field(default_factory=dict)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of the parameters, when they were compiled
 
@@ -156,55 +157,30 @@ class Compilation:
         self.variants.setdefault(key, []).append(made)
         return made
 
-    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> ExportedProgram:
+    def _exported(self, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> ExportedProgram:
+        """The program of the module for arguments like these."""
+        if self.program is not None:
+            given, self.program = self.program, None
+            return given
         with stage(report, "export", self.options.note):
             return export_module(self.module, args, kwargs, self.options.dynamic)
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         report = Report(type(self.module).__name__, self.options.backend)
         self._watch()
-        program = self._program(args, kwargs, report)
+        program = self._exported(args, kwargs, report)
         made = linked(program, report, self.options)
         specs = program.graph_signature.output_specs
         outputs = tuple(_place(spec.arg) for spec in specs if spec.kind is OutputKind.USER_OUTPUT)
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
-        variant = Variant(made.graph, report, made.linked, outputs, out_spec)
+        variant = Variant(made.graph, report, made.engine, outputs, out_spec)
         if self.options.verify:
             with stage(report, "verify", self.options.note):
                 leaves = pytree.tree_leaves((args, kwargs))
                 cases = {"example": (lambda: self.module(*args, **kwargs), lambda: variant(leaves))}
                 report.verification = compared(self.module, made, cases)
         return variant
-
-
-@dataclass
-class Exported(Compilation):
-    """A program that was exported before, compiled for the form of arguments that it has."""
-
-    program: ExportedProgram | None = None
-
-    def prepare(self) -> None:
-        """Compiles it."""
-        assert self.program is not None
-        if self.program.example_inputs is None:
-            raise InputError("the program has no example inputs; fuser.compile its module() with some")
-        self.variant(*self.program.example_inputs)
-
-    def variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-        if self.variants:
-            raise InputError("the program takes no such arguments: it was exported for others, or for other sizes")
-        return super().variant(args, kwargs)
-
-    def renewed(self, module: nn.Module) -> Compilation:
-        return Compilation(module, self.options)
-
-    def forget(self) -> None:
-        raise UsageError("a compiled program keeps its weights; move the module that it was exported from")
-
-    def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> ExportedProgram:
-        assert self.program is not None
-        return self.program
 
 
 def linked(
@@ -236,7 +212,7 @@ def compared(module: nn.Module, made: Linked, cases: Mapping[str, tuple[Run, Run
     Raises:
         VerificationError: they differ by more than the rounding of the coarsest type they compute in.
     """
-    if made.linked is None:
+    if made.engine is None:
         return Verification(skipped="its weights have no elements; every rewrite was proven by itself")
     if weight_bytes(made.graph) > WEIGHT_LIMIT_BYTES:
         limit = WEIGHT_LIMIT_BYTES >> 20

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fuser.api import check_output
-from fuser.compilation import BACKENDS, Compilation, Exported, Options
-from fuser.errors import UsageError
+from fuser.compilation import BACKENDS, Compilation, Options
+from fuser.errors import InputError, UsageError
 from fuser.exporter import export
 from fuser.graph import Graph
 from fuser.pipeline import Progress
@@ -77,9 +77,11 @@ def compile(
         raise UsageError(f"there is no backend '{backend}'; backends are auto, {', '.join(BACKENDS)}")
     options = Options(dynamic, backend, verify, progress or (lambda stage: None))
     if is_program:
-        exported = Exported(module.module(), options, program=module)
-        exported.prepare()
-        return _twin(exported.module, exported)
+        if module.example_inputs is None:
+            raise InputError("the program has no example inputs; fuser.compile its module() with some")
+        compilation = Compilation(module.module(), options, module)
+        compilation.variant(*module.example_inputs)
+        return _twin(compilation.module, compilation)
     if example_inputs is None and is_pretrained(module):
         pretrained = Pretrained(module, options)
         _ = pretrained.first

@@ -377,8 +377,11 @@ def test_an_exported_program() -> None:
     assert compiled.report.fused == {"rms_norm": 1} and "export" not in compiled.report.stages_s
     x = torch.randn(7, 8)
     torch.testing.assert_close(compiled(x), net(x))
-    with pytest.raises(InputError, match="exported for others"):
+    with pytest.raises(InputError, match=r"cannot be captured on float32\[7, 9\]"):
         compiled(torch.randn(7, 9))
+    with torch.no_grad():
+        net.linear.weight.mul_(2)  # what was compiled of it is made anew
+    torch.testing.assert_close(compiled(x), net(x))
 
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 112}
