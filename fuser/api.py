@@ -14,9 +14,9 @@ from fuser.graph import Graph
 from fuser.importer import external_files, from_proto, read_model
 from fuser.layers import steps
 from fuser.lowering import TARGETS
-from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, input_roles, rewritten, stage, weight_bytes
 from fuser.report import Report, explanation_text
-from fuser.verification import WEIGHT_LIMIT_BYTES, Role, Verification, coarsest, compare, roles
+from fuser.verification import Role, Verification, coarsest, compare, too_large
 
 
 class FusedModel:
@@ -98,14 +98,9 @@ def fuse(
         report.verification = Verification(skipped="--no-verify")
         return fused
     with stage(report, "verify", note):
-        largest = max(report.weights_bytes_before, report.weights_bytes_after)
-        if unfit:
-            report.verification = Verification(skipped=unfit)
-        elif largest > WEIGHT_LIMIT_BYTES:
-            limit = WEIGHT_LIMIT_BYTES >> 20
-            report.verification = Verification(
-                skipped=f"its weights exceed {limit} MiB; every rewrite was proven by itself"
-            )
+        skipped = unfit or too_large(max(report.weights_bytes_before, report.weights_bytes_after))
+        if skipped:
+            report.verification = Verification(skipped=skipped)
         else:
             original = str(path) if path is not None else _bytes(model)
             report.verification = compare(original, artifact, found, coarsest(graph))
@@ -189,17 +184,9 @@ def _rewritten(
         report.weights_bytes_before = weight_bytes(graph)
         before = steps(graph)
     canonicalized(graph, report, note)
-    inputs = _roles(graph) if verify and compared else ([], "")
+    inputs = input_roles(graph) if verify and compared else ([], "")
     rewritten(graph, before, report, note, verify=verify)
     return graph, sources, inputs
-
-
-def _roles(graph: Graph) -> tuple[list[Role], str]:
-    """The inputs' roles, or the reason why inputs cannot be made."""
-    try:
-        return roles(graph), ""
-    except VerificationError as error:
-        return [], str(error)
 
 
 def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:

@@ -22,7 +22,7 @@ from fuser.report import Report
 from fuser.runtime.executor import Executor
 from fuser.runtime.program import Kernel
 from fuser.runtime.torch_kernels import KERNELS
-from fuser.verification import TOLERANCE, WEIGHT_LIMIT_BYTES, Verification, coarsest
+from fuser.verification import TOLERANCE, Verification, coarsest, too_large
 
 BACKENDS: dict[str, Mapping[str, Kernel]] = {"torch": KERNELS, "reference": {}}
 AUTO = "torch"
@@ -214,9 +214,8 @@ def compared(module: nn.Module, made: Linked, cases: Mapping[str, tuple[Run, Run
     """
     if made.engine is None:
         return Verification(skipped="its weights have no elements; every rewrite was proven by itself")
-    if weight_bytes(made.graph) > WEIGHT_LIMIT_BYTES:
-        limit = WEIGHT_LIMIT_BYTES >> 20
-        return Verification(skipped=f"its weights exceed {limit} MiB; every rewrite was proven by itself")
+    if skipped := too_large(weight_bytes(made.graph)):
+        return Verification(skipped=skipped)
     found = Verification(tolerance=TOLERANCE.get(coarsest(made.graph), 2e-5))
     for name, (original, fused) in cases.items():
         try:

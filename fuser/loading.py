@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fuser import importer, patterns, verification
-from fuser.canonicalize import canonicalize
+from fuser import importer, verification
 from fuser.compiling import compile
 from fuser.errors import FuserError, InputError, UsageError, VerificationError
 from fuser.graph import Graph
-from fuser.rewriting import rewrite
+from fuser.layers import steps
+from fuser.pipeline import canonicalized, input_roles, rewritten, stage, weight_bytes
+from fuser.report import Report
 from fuser.runtime.executor import Executor
 from fuser.runtime.program import check_operators
 from fuser.runtime.torch_kernels import KERNELS
 from fuser.tensors import to_array, to_tensor
+from fuser.verification import Role, Verification
 
 Device: TypeAlias = torch.device | str | None
 
@@ -29,16 +31,21 @@ class Model:
     Attributes:
         inputs: the names of its inputs, in order.
         outputs: the names of its outputs, in order.
-        fused: how many of each fusion were found.
+        report: what was fused, what was not and why, and how the result was verified.
         graph: what is run.
     """
 
-    def __init__(self, graph: Graph, executor: Executor, fused: Mapping[str, int]) -> None:
+    def __init__(self, graph: Graph, executor: Executor, report: Report) -> None:
         self.graph = graph
         self.executor = executor
-        self.fused = dict(fused)
+        self.report = report
         self.inputs = [value.name for value in graph.inputs]
         self.outputs = list(graph.output_names)
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """How many of each fusion were found."""
+        return self.report.fused
 
     def __call__(self, inputs: Mapping[str, Any] | None = None, /, **named: Any) -> dict[str, Tensor]:
         """The outputs by name, as torch tensors on the model's device.
@@ -100,19 +107,30 @@ def load(
         return compile(_pretrained(Path(path), device, dtype), verify=verify)
     if dtype is not None:
         raise UsageError(f"'{path}' is a file, which says itself what types it has: dtype is for folders")
-    graph = importer.load(path, dims)
-    check_operators(graph)
+    report = Report(str(path), "torch")
+    with stage(report, "read", _silent):
+        graph = importer.load(path, dims)
+        check_operators(graph)
+        report.nodes_before, report.weights_bytes_before = len(graph.nodes), weight_bytes(graph)
     if not fuse:
-        return Model(graph, Executor(graph, device=device, kernels=KERNELS), {})
-    original = graph.clone()
-    canonicalize(graph)
-    found = _roles(graph) if verify else []
-    outcome = rewrite(graph, patterns.ALL, verify=verify)
-    made = Model(graph, Executor(graph, device=device, kernels=KERNELS), outcome.fused)
-    weights = sum(value.constant.nbytes for value in original.constants() if value.constant is not None)
-    if found and weights <= verification.WEIGHT_LIMIT_BYTES:
-        _compare(Model(original, Executor(original, device=device), {}), made, found, Path(path))
+        report.verification = Verification(skipped="nothing was fused")
+        return Model(graph, Executor(graph, device=device, kernels=KERNELS), report)
+    original, before = graph.clone(), steps(graph)
+    canonicalized(graph, report, _silent)
+    inputs, unfit = input_roles(graph) if verify else ([], "it was not asked for")
+    rewritten(graph, before, report, _silent, verify=verify)
+    report.nodes_after, report.weights_bytes_after = len(graph.nodes), weight_bytes(graph)
+    made = Model(graph, Executor(graph, device=device, kernels=KERNELS), report)
+    with stage(report, "verify", _silent):
+        skipped = unfit or verification.too_large(report.weights_bytes_before)
+        report.verification = (
+            Verification(skipped=skipped) if skipped else _compared(original, made, inputs, Path(path), device)
+        )
     return made
+
+
+def _silent(stage: str) -> None:
+    """Tells nobody of a stage."""
 
 
 def _pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
@@ -139,34 +157,27 @@ def _pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.M
     return module.to(device).eval()
 
 
-def _roles(graph: Graph) -> list[verification.Role]:
-    """The inputs' roles; none where inputs cannot be made."""
-    try:
-        return verification.roles(graph)
-    except VerificationError:
-        return []
-
-
-def _compare(original: Model, made: Model, found: list[verification.Role], path: Path) -> None:
+def _compared(original: Graph, made: Model, inputs: list[Role], path: Path, device: Device) -> Verification:
     """Runs both on every kind of step that the inputs allow.
 
     Raises:
         VerificationError: they differ by more than the rounding of the coarsest type they compute in.
     """
-    tolerance = verification.TOLERANCE.get(verification.coarsest(made.graph), 2e-5)
-    for case in verification.cases(found):
-        inputs = verification.feeds(found, case)
+    plain = Model(original, Executor(original, device=device), made.report)
+    found = Verification(tolerance=verification.TOLERANCE.get(verification.coarsest(made.graph), 2e-5))
+    for case in verification.cases(inputs):
+        given = verification.feeds(inputs, case)
         try:
-            expected = original(inputs)
+            expected = plain(given)
         except FuserError:  # inputs that were drawn for it are none that it computes with
             continue
-        error = verification.worst(
-            *({name: to_array(x) for name, x in run.items()} for run in (made(inputs), expected))
-        )
-        if error > tolerance:
+        runs = ({name: to_array(x) for name, x in run.items()} for run in (made(given), expected))
+        found.cases[case.name] = error = verification.worst(*runs)
+        if not error <= found.tolerance:
             raise VerificationError(
-                f"'{path}': fused, it differs from the original by {error:.1e} on {case.name}, more than {tolerance:.1e}"
+                f"'{path}': fused, it differs from the original by {error:.1e} on {case.name}, more than {found.tolerance:.1e}"
             )
+    return found if found.cases else Verification(skipped="no inputs could be drawn")
 
 
 def _tensor(name: str, item: Any) -> Tensor:

@@ -6,10 +6,12 @@ from time import perf_counter
 
 from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
+from fuser.errors import VerificationError
 from fuser.graph import Graph
 from fuser.layers import Step
 from fuser.report import Report
 from fuser.rewriting import rewrite
+from fuser.verification import Role, roles
 
 Progress = Callable[[str], None]
 
@@ -42,6 +44,14 @@ def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, 
     parts = {"recognize": outcome.recognize_s, "match": outcome.match_s, "check": outcome.check_s}
     report.stages_s |= parts
     report.stages_s["rewrite"] = max(0.0, perf_counter() - start - sum(parts.values()))
+
+
+def input_roles(graph: Graph) -> tuple[list[Role], str]:
+    """What a canonical graph's inputs are for, or the reason why inputs cannot be made."""
+    try:
+        return roles(graph), ""
+    except VerificationError as error:
+        return [], str(error)
 
 
 def weight_bytes(graph: Graph) -> int:

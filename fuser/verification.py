@@ -388,6 +388,13 @@ def _arrays(output: Any) -> Iterator[np.ndarray]:
         yield np.array([output], object)
 
 
+def too_large(weights_bytes: int) -> str:
+    """Why a model of that many bytes is not compared whole; nothing where it is."""
+    if weights_bytes <= WEIGHT_LIMIT_BYTES:
+        return ""
+    return f"its weights exceed {WEIGHT_LIMIT_BYTES >> 20} MiB; every rewrite was proven by itself"
+
+
 def coarsest(graph: Graph) -> DType:
     """The floating type with the fewest bits that the model computes in."""
     floats = {
