@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
-from tests.benchmarks import decode, front_door, kernels
+from tests.benchmarks import decode, front_door, generate, kernels
 from tests.test_coverage import LLAMA
 
 
@@ -68,3 +68,11 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert " failed" not in printed and "not counted" not in printed
     assert printed.count("x ") >= 31
+
+
+def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 greedy tokens of the demo model are transformers' own; the ratio is printed."""
+    monkeypatch.setattr("sys.argv", ["generate", "--rounds", "1"])
+    generate.main()
+    printed = capsys.readouterr().out
+    assert "demo: 64 tokens" in printed and "tokens    equal" in printed and "ratio" in printed

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import fuser
+from fuser.checking import relative_error
 from fuser.errors import FuserError, InputError, UnsupportedOperator, UsageError, VerificationError
 from fuser.runtime.torch_kernels import KERNELS
 from fuser.tensors import to_array
-from tests import models, zoo
-from tests.test_coverage import LAYERS, expected
+from tests import architectures, models, zoo
+from tests.architectures import V
+from tests.test_coverage import EXPECTED, LAYERS, expected
 
 TOLERANCE = 2e-5
 EXPORTS = [("llama", "torchscript"), ("llama", "optimum"), ("gpt2", "torchscript"), ("bert", "torchscript")]
@@ -149,3 +151,33 @@ def test_dims_are_fixed() -> None:
     feeds = zoo.feeds(zoo.exported("bert", "torchscript"), 2, 3, 0)
     with pytest.raises(FuserError, match="its axis 0 must be 1"):
         model(feeds)
+
+
+def test_loads_a_folder(tmp_path: Path) -> None:
+    """What save_pretrained writes, of the class its config names and in the type it is stored in, or in another."""
+    saved = architectures.model("qwen2")
+    saved.save_pretrained(tmp_path)
+    loaded = fuser.load(tmp_path)
+    assert isinstance(loaded, type(saved)) and loaded.dtype is torch.float32 and not loaded.training
+    assert loaded.report.fused == EXPECTED["qwen2"] and loaded.report.verification.passed
+    ids = torch.randint(1, V, (2, 5))
+    with torch.no_grad():
+        assert relative_error(loaded(ids).logits, saved(ids).logits) <= TOLERANCE
+    assert fuser.load(tmp_path, dtype=torch.float64).dtype is torch.float64
+
+
+def test_folders_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(fuser.InputError, match="has no config.json"):
+        fuser.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing of the kind"}', encoding="utf-8")
+    with pytest.raises(fuser.InputError, match="cannot be loaded"):
+        fuser.load(tmp_path)
+    architectures.model("llama").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(fuser.InputError, match="cannot be loaded"):
+        fuser.load(tmp_path)
+    with pytest.raises(fuser.UsageError, match="dims and fuse are for files"):
+        fuser.load(tmp_path, dims={"batch": 1})
+    with pytest.raises(fuser.UsageError, match="dtype is for folders"):
+        fuser.load(zoo.exported("llama", "torchscript"), dtype=torch.float16)
