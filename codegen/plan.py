@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import sympy
-
 from fuser import dims
 from fuser.dims import Dim
 from fuser.graph import FUSER, Graph, Node, Origin, Value
@@ -118,7 +116,7 @@ def plan(graph: Graph, regime: Regime = "decode") -> list[Launch]:
             if launch.family == "linear" and norm is not None and norm not in owner and norm.op in NORMS:
                 launch.parts.append(("prologue", norm))
         put(launch, "main", node)
-        while (following := _following(graph, launch, owner)) is not None:
+        while (following := _following(launch, owner)) is not None:
             put(launch, "epilogue", following)
     return launches
 
@@ -203,42 +201,21 @@ def _feeds_products_alone(node: Node) -> bool:
     return not output.is_output and bool(output.consumers) and all(map(_is_linear, output.consumers))
 
 
-def _following(graph: Graph, launch: Launch, owner: Mapping[Node, Launch]) -> Node | None:
-    """The next node that the launch can compute on what it holds: everything else it reads is there already."""
+def _following(launch: Launch, owner: Mapping[Node, Launch]) -> Node | None:
+    """The next node that the launch can compute on what it holds: whatever else it reads, launches before it have made."""
     if launch.family not in ("linear", "attention", "rows", "positions"):
         return None
     own = set(map(id, launch.nodes))
-    for node in launch.nodes:
-        for value in node.outputs:
-            for user in value.consumers:
-                if user in owner or not _is_epilogue(launch, user):
-                    continue
-                others = [
-                    v for v in user.inputs if v is not None and v.producer is not None and id(v.producer) not in own
-                ]
-                if all(
-                    v.producer in owner or _is_host(v.producer) for v in others if v.producer is not None
-                ) and not any(_waits(v, launch, owner) for v in others):
-                    return user
+    for value in (value for node in launch.nodes for value in node.outputs):
+        for user in value.consumers:
+            makers = [v.producer for v in user.inputs if v is not None and v.producer is not None]
+            if (
+                user not in owner
+                and _is_epilogue(launch, user)
+                and all(id(maker) in own or maker in owner or _is_host(maker) for maker in makers)
+            ):
+                return user
     return None
-
-
-def _is_ready(node: Node, owner: Mapping[Node, Launch]) -> bool:
-    return node in owner or _is_host(node)
-
-
-def _waits(value: Value, launch: Launch, owner: Mapping[Node, Launch]) -> bool:
-    """Whether a value is made, at some remove, by what this launch makes."""
-    pending, seen = [value.producer], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if owner.get(node) is launch:
-            return True
-        pending.extend(v.producer for v in node.inputs if v is not None)
-    return False
 
 
 def _is_epilogue(launch: Launch, node: Node) -> bool:
@@ -363,11 +340,3 @@ def _kind(launch: Launch) -> Any:
 def _shapes(values: Iterable[Value | None]) -> Iterator[Any]:
     for value in values:
         yield None if value is None else value.shape
-
-
-def symbols(launches: Sequence[Launch]) -> list[str]:
-    """The names of the sizes that the plan's amounts depend on."""
-    found: set[sympy.Symbol] = set()
-    for launch in launches:
-        found |= dims.symbols([launch.bytes, launch.flops])
-    return sorted(map(str, found))

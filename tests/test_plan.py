@@ -3,9 +3,11 @@
 from functools import cache
 
 import pytest
+from typer.testing import CliRunner
 
-from fuser import api, importer, patterns
+from fuser import api, dims, importer, patterns
 from fuser.canonicalize import canonicalize
+from fuser.cli import app
 from fuser.codegen import plan as planning
 from fuser.codegen.plan import Launch, Regime, plan
 from fuser.errors import UsageError
@@ -98,15 +100,22 @@ def test_bytes_and_operations() -> None:
     assert planning.at(gather.bytes, STEP) == 8 + 4 * D
     assert planning.at(down.flops, STEP) == 2 * D * F + D
     assert planning.at(attention.flops, STEP) == 4 * H * DH * 513
-    assert planning.at(qkv.bytes, {}) is None and "past" not in planning.symbols([qkv, out, gate_up, down])
+    assert planning.at(qkv.bytes, {}) is None
+    assert not any(str(s) == "past" for launch in (qkv, out, gate_up, down) for s in dims.symbols([launch.bytes]))
     assert table.family == "positions"
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    launches = api.plan_kernels(zoo.exported("llama", "torchscript"))
-    printed = planning.text(launches, STEP).splitlines()
+def test_the_command() -> None:
+    path = str(zoo.exported("llama", "torchscript"))
+    sizes = [part for name, size in STEP.items() for part in ("--size", f"{name}={size}")]
+    result = CliRunner().invoke(app, ["plan-kernels", path, *sizes])
+    assert result.exit_code == 0
+    printed = result.stdout.splitlines()
     assert printed[2] == "2 times:" and len(printed) == 9
     assert "rms_norm + packed_linear + gated_mlp" in printed[6] and printed[6].endswith("model.model.layers.0")
     assert "58.3 kB" in printed[6]
+    assert "batch*" in CliRunner().invoke(app, ["plan-kernels", path]).stdout  # what is not told stays a formula
+    refused = CliRunner().invoke(app, ["plan-kernels", path, "--regime", "training"])
+    assert refused.exit_code == 2 and "regimes are decode, prefill" in refused.stderr
     with pytest.raises(UsageError, match="regimes are decode, prefill"):
-        api.plan_kernels(zoo.exported("llama", "torchscript"), regime="training")
+        api.plan_kernels(path, regime="training")
