@@ -27,7 +27,6 @@ from fuser.runtime.executor import Executor
 
 # (B, S, P, padding on the left of the first sequence)
 STEPS = {"decode": (1, 1, 9, 0), "prefill": (1, 7, 0, 0), "chunk": (1, 3, 5, 0), "padded": (2, 3, 5, 2)}
-LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of a cache, that hold keys and values as they are
 # Of the ways in which transformers computes experts, the one without loops over what a router chose or kernels of its own.
 EXPERTS = "batched_mm"
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
@@ -305,7 +304,7 @@ class Pretrained(Compilation):
         return self._result(given, dict(zip(self.gives, made, strict=True)))
 
     def _decoded(self, given: Mapping[str, Any], executor: Executor) -> Any:
-        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
         ids = given["input_ids"]
         B, S = ids.shape
@@ -314,7 +313,9 @@ class Pretrained(Compilation):
         cache = given.get("past_key_values")
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.config)
-        others = {type(layer).__name__ for layer in getattr(cache, "layers", ())} - {*LAYERS}
+        as_they_are = (DynamicLayer, DynamicSlidingWindowLayer)  # layers that hold keys and values so
+        kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+        others = {kind.__name__ for kind in kinds.difference(as_they_are)}
         if others or not (cache is None or hasattr(cache, "layers")):
             raise Uncompiled(
                 f"its cache is a {type(cache).__name__}" + "".join(f" of {kind}" for kind in sorted(others))

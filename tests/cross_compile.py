@@ -20,7 +20,7 @@ from fuser.codegen import attention, cache, rotary, rowwise
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.linear import Linear, linear
 
-TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of shared memory that a block may have
 
 
 def kernels() -> Iterator[tuple[str, Kernel]]:
@@ -63,6 +63,10 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
             yield f"rotary interleaved={interleaved} table={by_table}", rotary.rotary_cache_write(what_r)
 
 
+def _capability(target: str) -> int:
+    return int(target.removeprefix("sm_"))
+
+
 def compiled(kernel: Kernel, target: str) -> dict[str, int]:
     """Registers, spills (bytes stored) and shared memory of a kernel."""
     function = cache.load(kernel).kernel
@@ -74,7 +78,7 @@ def compiled(kernel: Kernel, target: str) -> dict[str, int]:
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(function, signature, constants, attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options=dict(kernel.options))
+    result = triton.compile(source, target=GPUTarget("cuda", _capability(target), 32), options=dict(kernel.options))
     return {"shared": result.metadata.shared, **_resources(result.asm["ptx"], target)}
 
 
@@ -82,7 +86,7 @@ def _resources(ptx: str, target: str) -> dict[str, int]:
     """What ptxas reports: Triton keeps spills only where it loads the kernel, which takes a GPU."""
     architecture = re.search(r"\.target (sm_\w+)", ptx)
     assert architecture is not None
-    tool = get_ptxas(TARGETS[target])
+    tool = get_ptxas(_capability(target))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
@@ -94,13 +98,13 @@ def _resources(ptx: str, target: str) -> dict[str, int]:
 
 
 def main(targets: list[str]) -> None:
-    for target in targets or list(TARGETS):
+    for target in targets or SHARED:
         for name, kernel in kernels():
             try:
                 found: dict[str, object] = dict(compiled(kernel, target))
             except Exception as error:
                 found = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps({"target": target, "kernel": name, **found}), flush=True)
+            print(json.dumps({"target": target, "kernel": name, "limit": SHARED[target], **found}), flush=True)
 
 
 if __name__ == "__main__":

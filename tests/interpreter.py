@@ -1,16 +1,10 @@
-"""Triton's interpreter, made to run what the tests run: import this before triton.
+"""Triton's interpreter, made to run what the tests run; tests/conftest.py turns it on where there is no GPU.
 
 Its `tl.dot` multiplies the bit patterns of bfloat16 operands as integers. Here they are widened first, which is exact.
 """
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 

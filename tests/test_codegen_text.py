@@ -11,7 +11,6 @@ import pytest
 
 from fuser.codegen import attention, linear, rotary, rowwise
 from fuser.codegen.kernel import Kernel
-from tests.cross_compile_limits import SHARED
 
 GOLDEN = Path(__file__).parent / "emitted"
 
@@ -58,6 +57,7 @@ def test_the_text_is_a_documented_module(name: str) -> None:
 
 @pytest.mark.parametrize("name", kernels())
 def test_the_text_is_formatted(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("ruff")
     file = tmp_path / f"{name}.py"
     file.write_text(kernels()[name].text)
     command = [sys.executable, "-m", "ruff", "format", "--line-length=120", "--diff", str(file)]
@@ -70,7 +70,7 @@ def test_two_emissions_are_one_text() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_compiles_without_spills(target: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "FUSER_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.cross_compile", target]
@@ -78,4 +78,4 @@ def test_compiles_without_spills(target: str, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(rows) > 60
     assert [row for row in rows if row.get("error") or row["spills"]] == []
-    assert [row for row in rows if row["shared"] > SHARED[target]] == []
+    assert [row for row in rows if row["shared"] > row["limit"]] == []

@@ -22,34 +22,25 @@ def _reduced(at: At, op: str, x: Value, dim: Axes, keepdim: bool) -> Value:
     return at.op(op, x, axes=axes_of(dim, rank(x)), keepdims=int(keepdim))
 
 
-@aten("sum.default")
-def sum_all(at: At, x: Value, dtype: Any = None) -> Value:
-    return _reduced(at, "ReduceSum", at.cast(x, at.dtype), None, False)
+def _summed(op: str) -> tuple[Row, Row]:
+    """The rows of a reduction in the result's type: of all elements, and along some axes."""
+
+    def of_all(at: At, x: Value, dtype: Any = None) -> Value:
+        return _reduced(at, op, at.cast(x, at.dtype), None, False)
+
+    def along(at: At, x: Value, dim: Axes, keepdim: bool = False, dtype: Any = None) -> Value:
+        return _reduced(at, op, at.cast(x, at.dtype), dim, keepdim)
+
+    return of_all, along
 
 
-@aten("sum.dim_IntList")
-def sum_(at: At, x: Value, dim: Axes, keepdim: bool = False, dtype: Any = None) -> Value:
-    return _reduced(at, "ReduceSum", at.cast(x, at.dtype), dim, keepdim)
-
-
-@aten("mean.default")
-def mean_all(at: At, x: Value, dtype: Any = None) -> Value:
-    return _reduced(at, "ReduceMean", at.cast(x, at.dtype), None, False)
-
-
-@aten("mean.dim")
-def mean(at: At, x: Value, dim: Axes, keepdim: bool = False, dtype: Any = None) -> Value:
-    return _reduced(at, "ReduceMean", at.cast(x, at.dtype), dim, keepdim)
-
-
-@aten("prod.default")
-def prod_all(at: At, x: Value, dtype: Any = None) -> Value:
-    return _reduced(at, "ReduceProd", at.cast(x, at.dtype), None, False)
-
-
-@aten("prod.dim_int")
-def prod(at: At, x: Value, dim: int, keepdim: bool = False, dtype: Any = None) -> Value:
-    return _reduced(at, "ReduceProd", at.cast(x, at.dtype), dim, keepdim)
+for _op, _all, _along in (
+    ("ReduceSum", "sum.default", "sum.dim_IntList"),
+    ("ReduceMean", "mean.default", "mean.dim"),
+    ("ReduceProd", "prod.default", "prod.dim_int"),
+):
+    for _name, _row in zip((_all, _along), _summed(_op), strict=True):
+        aten(_name)(_row)
 
 
 @aten("logsumexp.default")
