@@ -18,7 +18,8 @@ class Attention:
     """What an attention kernel computes: y = softmax(softcap(q k^T scale) + bias) v, causal by position.
 
     A query at position p sees keys at 0 .. p, with `window` the last `window` of them (itself included). `alibi` adds
-    slope[h] (key position - p), after the soft-cap. Keys and values lie in pages [blocks, page, G, Dh].
+    slope[h] (key position - p), after the soft-cap; with `sinks` each head has one more score, sink[h], of no value
+    (gpt-oss). Keys and values lie in pages [blocks, page, G, Dh].
     """
 
     heads: int
@@ -30,6 +31,7 @@ class Attention:
     softcap: float = 0.0
     alibi: bool = False
     dtype: str = "bf16"
+    sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -42,8 +44,9 @@ def decode(
 ) -> Kernel:
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
-    launch(q, k_cache, v_cache, block_table, context_lens, [slopes,] y): q, y [B, H, Dh], of `dtype`; block_table [B, blocks],
-    context_lens [B] int32: keys of a sequence, its query's own included; slopes [H] float32. A sequence of length 0 gives 0.
+    launch(q, k_cache, v_cache, block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]): q, y [B, H, Dh], of
+    `dtype`; block_table [B, blocks], context_lens [B] int32: keys of a sequence, its query's own included; slopes, sinks
+    [H] float32. A sequence of length 0 gives 0. With parts, the kernel's workspace is what one sequence takes.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
@@ -59,9 +62,9 @@ def prefill(
 ) -> Kernel:
     """The kernel of `what` for any number of queries a sequence.
 
-    launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, [slopes,] y): q, y [tokens, H, Dh], the
-    tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its context_lens[b]
-    keys; `longest`: at least the most tokens of a sequence.
+    launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y): q, y [tokens, H,
+    Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its
+    context_lens[b] keys; `longest`: at least the most tokens of a sequence.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
@@ -83,6 +86,8 @@ class _Composition:
             raise UsageError(f"codegen: attention takes head widths of 1 to 256, not {what.head_dim}")
         if splits is not None and splits < 1:
             raise UsageError(f"codegen: the keys are taken in 1 or more parts, not {splits}")
+        if not what.scale > 0.0:
+            raise UsageError(f"codegen: scores are scaled by a positive number, not {what.scale}")
         if what.window is not None and what.window < 1:
             raise UsageError(f"codegen: a window holds 1 or more keys, not {what.window}")
         self.what, self.splits = what, splits
@@ -91,7 +96,7 @@ class _Composition:
         self.whole_pages = what.page % BLOCK_T == 0  # a step then lies in one page
         name = "paged_prefill" if splits is None else "paged_decode"
         extras = [f"window {what.window}"] if what.window else []
-        extras += [f"softcap {what.softcap!r}"] * bool(what.softcap) + ["ALiBi"] * what.alibi
+        extras += [f"softcap {what.softcap!r}"] * bool(what.softcap) + ["ALiBi"] * what.alibi + ["sinks"] * what.sinks
         summary = f"Paged attention, {'prefill' if splits is None else 'decode'}: {what.heads} query heads, "
         summary += f"{what.kv_heads} key heads of {what.head_dim}{', ' if extras else ''}{', '.join(extras)}."
         if splits is None:
@@ -116,13 +121,15 @@ class _Composition:
         for tensor in ("q", "k_cache", "v_cache"):
             e.pointer(tensor, element(what.dtype))
         self.tensors = ["q", "k_cache", "v_cache", "block_table", "context_lens"]
-        self.tensors += ["query_starts"] * (splits is None) + ["slopes"] * what.alibi + ["y"]
+        self.tensors += ["query_starts"] * (splits is None) + ["slopes"] * what.alibi + ["sinks"] * what.sinks + ["y"]
         e.pointer("block_table", "i32")
         e.pointer("context_lens", "i32")
         if splits is None:
             e.pointer("query_starts", "i32")
         if what.alibi:
             e.pointer("slopes", "fp32")
+        if what.sinks:
+            e.pointer("sinks", "fp32")
         e.pointer("y", what.dtype)
         if self.parts:
             e.pointer("partial", "fp32")
@@ -138,10 +145,15 @@ class _Composition:
         if what.window:
             e.constant(WINDOW=what.window)
         if self.parts:
-            e.constant(SPLITS=splits, BLOCK_P=power_of_two(splits or 1))
+            assert splits is not None
+            BLOCK_D, BLOCK_R = max(power_of_two(what.head_dim), 16), power_of_two(what.group)
+            chunk = max(min(4096 // (BLOCK_R * BLOCK_D), power_of_two(splits)), 1)  # parts that registers can hold
+            scratch = -(-splits * what.group * (BLOCK_D + 2) // 32) * 32
+            e.constant(SPLITS=splits, BLOCK_P=power_of_two(splits), BLOCK_R=BLOCK_R, CHUNK=chunk, SCRATCH=scratch)
 
     def kernel(self) -> Kernel:
         """The whole of it."""
+        self.emitter.begin(waits=True)
         if self.splits is None:
             self._prefill_rows()
         else:
@@ -188,14 +200,15 @@ class _Composition:
         e.add(
             "sequence = tl.program_id(2)",
             "g = tl.program_id(1)",
+            "tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last ones see the most keys: they begin",
             "query_start = tl.load(query_starts + sequence)",
             "queries = tl.load(query_starts + sequence + 1) - query_start",
         )
-        with e.block("if tl.program_id(0) * BLOCK_M >= queries * GROUP:"):
+        with e.block("if tile >= queries * GROUP:"):
             e.add("return")
         e.add(
             "# Rows: queries, and within one the query heads of one key head.",
-            "m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)",
+            "m = tile + tl.arange(0, BLOCK_M)",
             "d = tl.arange(0, BLOCK_D)",
             "query = m // GROUP",
             "head = g * GROUP + m % GROUP",
@@ -203,42 +216,76 @@ class _Composition:
             "context = tl.load(context_lens + sequence)",
             "position = context - queries + query",
             "rows = ((query_start + query).to(tl.int64) * H + head) * D",
-            "last_query = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)",
+            "last_query = tl.minimum((tile + BLOCK_M - 1) // GROUP, queries - 1)",
             "last = context - queries + last_query + 1",
         )
         if self.what.window:
-            e.add("first = tl.maximum(context - queries + tl.program_id(0) * BLOCK_M // GROUP + 1 - WINDOW, 0)")
-            e.add("start = first // BLOCK_T * BLOCK_T")
+            e.add(
+                "first = tl.maximum(context - queries + tile // GROUP + 1 - WINDOW, 0)",
+                "start = first // BLOCK_T * BLOCK_T",
+            )
         else:
-            e.add("start = 0")
+            e.add(
+                "start = 0",
+                "whole = (context - queries + tile // GROUP + 1) // BLOCK_T * BLOCK_T  # keys that every row sees",
+            )
 
     def _main_loop(self) -> None:
         e, what = self.emitter, self.what
-        exact = ', input_precision="ieee"' if what.dtype == "fp32" else ""
         e.add("inside = row_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else ""))
         e.add("queries_tile = tl.load(q + rows[:, None] + d[None, :], mask=inside, other=0.0)")
         if what.alibi:
             e.add(f"slope = tl.load(slopes + head, mask=row_inside, other=0.0) * {LOG2_E!r}")
+        if what.sinks:
+            e.add(
+                "# A sink is a score of its own, seen first.",
+                f"highest = tl.load(sinks + head, mask=row_inside, other=0.0) * {LOG2_E!r}",
+                "total = tl.full([BLOCK_M], 1.0, tl.float32)",
+            )
+            if self.parts:
+                with e.block("if tl.program_id(1) > 0:"):
+                    e.add('highest = tl.full([BLOCK_M], float("-inf"), tl.float32)', "total = total * 0.0")
+        else:
+            e.add(
+                'highest = tl.full([BLOCK_M], float("-inf"), tl.float32)',
+                "total = tl.zeros([BLOCK_M], tl.float32)",
+            )
         e.add(
-            'highest = tl.full([BLOCK_M], float("-inf"), tl.float32)',
-            "total = tl.zeros([BLOCK_M], tl.float32)",
             "acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
             "table = block_table + sequence.to(tl.int64) * table_stride",
         )
-        with e.block("for step in range(start, last, BLOCK_T):"):
-            e.add("t = step + tl.arange(0, BLOCK_T)", "t_inside = t < last")
+        if what.window:
+            self._steps("start", "last", masked=True)
+            return
+        if self.splits is not None:
+            e.add("whole = start + tl.maximum(last - start, 0) // BLOCK_T * BLOCK_T")
+        self._steps("start", "whole", masked=False)
+        self._steps("whole", "last", masked=True)
+
+    def _steps(self, start: str, stop: str, *, masked: bool) -> None:
+        """A loop over keys; where every row sees every key of a step, nothing is masked."""
+        e, what = self.emitter, self.what
+        exact = ', input_precision="ieee"' if what.dtype == "fp32" else ""
+        inside = ["t_inside[:, None]"] * masked + ["(d < D)[None, :]"] * self.padded
+        mask = f", mask={' & '.join(inside)}, other=0.0" if inside else ""
+        is_scaled = bool(what.softcap) or what.alibi  # scores as they are; otherwise the scale joins the exponent
+        with e.block(f"for step in range({start}, {stop}, BLOCK_T):"):
+            e.add("t = step + tl.arange(0, BLOCK_T)")
+            if masked:
+                e.add("t_inside = t < last")
             if self.whole_pages:
-                e.add("block = tl.load(table + step // PAGE).to(tl.int64)")
-                e.add("slot = block * PAGE + step % PAGE + tl.arange(0, BLOCK_T)")
+                e.add(
+                    "block = tl.load(table + step // PAGE).to(tl.int64)",
+                    "slot = block * PAGE + step % PAGE + tl.arange(0, BLOCK_T)",
+                )
             else:
-                e.add("block = tl.load(table + t // PAGE, mask=t_inside, other=0).to(tl.int64)")
-                e.add("slot = block * PAGE + t % PAGE")
-            mask = "t_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else "")
+                look_up = "table + t // PAGE" + (", mask=t_inside, other=0" if masked else "")
+                e.add(f"block = tl.load({look_up}).to(tl.int64)", "slot = block * PAGE + t % PAGE")
             e.add(
                 "place = (slot * G + g)[:, None] * D + d[None, :]",
-                f"keys = tl.load(k_cache + place, mask={mask}, other=0.0)",
-                f"values = tl.load(v_cache + place, mask={mask}, other=0.0)",
-                f"scores = tl.dot(queries_tile, tl.trans(keys){exact}) * SCALE",
+                f"keys = tl.load(k_cache + place{mask})",
+                f"values = tl.load(v_cache + place{mask})",
+                f"scores = tl.dot(queries_tile, tl.trans(keys){exact}){' * SCALE' if is_scaled else ''}",
             )
             if what.softcap:
                 e.add(
@@ -249,29 +296,35 @@ class _Composition:
             position = "(context - 1)" if self.splits is not None else "position[:, None]"
             if what.alibi:
                 e.add(f"scores += slope[:, None] * (t[None, :] - {position}).to(tl.float32)")
-            seen = ["t_inside[None, :]"] if self.splits is not None else [f"(t[None, :] <= {position})"]
-            seen += [f"(t[None, :] > {position} - WINDOW)"] * bool(what.window)
+            if masked:
+                seen = ["t_inside[None, :]"] if self.splits is not None else [f"(t[None, :] <= {position})"]
+                seen += [f"(t[None, :] > {position} - WINDOW)"] * bool(what.window)
+                e.add(f'scores = tl.where({" & ".join(seen)}, scores, float("-inf"))')
+            scale = "" if is_scaled else " * SCALE"
+            e.add(f"above = tl.maximum(highest, tl.max(scores, 1){scale})")
+            if masked:
+                e.add('safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key')
+            safe = "safe" if masked else "above"
             e.add(
-                f'scores = tl.where({" & ".join(seen)}, scores, float("-inf"))',
-                "above = tl.maximum(highest, tl.max(scores, 1))",
-                'safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key',
-                "weights = tl.exp2(scores - safe[:, None])",
-                "decay = tl.exp2(highest - safe)",
+                f"weights = tl.exp2(scores{scale} - {safe}[:, None])",
+                f"decay = tl.exp2(highest - {safe})",
                 "total = total * decay + tl.sum(weights, 1)",
                 f"acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None]{exact})",
                 "highest = above",
             )
 
     def _combine(self) -> None:
+        """Sums [parts, rows, Dh] of every part, then their maxima and totals [parts, rows] each."""
         e = self.emitter
-        stride = "(BLOCK_D + 2)"
         e.add(
             "# Every part leaves its sums; the last to arrive combines them in order.",
-            f"scratch = partial + tl.program_id(0).to(tl.int64) * (SPLITS * BLOCK_M * {stride})",
-            f"own = scratch + (tl.program_id(1) * BLOCK_M + m) * {stride}",
-            "tl.store(own[:, None] + d[None, :], acc, mask=row_inside[:, None])",
-            "tl.store(own + BLOCK_D, highest, mask=row_inside)",
-            "tl.store(own + BLOCK_D + 1, total, mask=row_inside)",
+            "sums = partial + tl.program_id(0).to(tl.int64) * SCRATCH",
+            "maxima = sums + SPLITS * GROUP * BLOCK_D",
+            "totals = maxima + SPLITS * GROUP",
+            "own = tl.program_id(1) * GROUP + m",
+            "tl.store(sums + own[:, None] * BLOCK_D + d[None, :], acc, mask=row_inside[:, None])",
+            "tl.store(maxima + own, highest, mask=row_inside)",
+            "tl.store(totals + own, total, mask=row_inside)",
             "tl.debug_barrier()  # the counter follows what all threads stored",
             'before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")',
         )
@@ -280,59 +333,55 @@ class _Composition:
         e.add(
             "tl.debug_barrier()",
             "tl.store(arrived + tl.program_id(0), 0)  # ready for the next launch",
+            "r = tl.arange(0, BLOCK_R)",
             "p = tl.arange(0, BLOCK_P)",
-            f"all_parts = scratch + (p[None, :] * BLOCK_M + m[:, None]) * {stride}",
-            "part_inside = row_inside[:, None] & (p < SPLITS)[None, :]",
-            'maxima = tl.load(all_parts + BLOCK_D, mask=part_inside, other=float("-inf"), cache_modifier=".cg")',
-            'totals = tl.load(all_parts + BLOCK_D + 1, mask=part_inside, other=0.0, cache_modifier=".cg")',
-            "highest = tl.max(maxima, 1)",
-            'safe = tl.where(highest > float("-inf"), highest, 0.0)',
-            "total = tl.sum(totals * tl.exp2(maxima - safe[:, None]), 1)",
-            "result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
+            "every = p[:, None] * GROUP + r[None, :]",
+            "part_inside = (p < SPLITS)[:, None] & (r < GROUP)[None, :]",
+            'tops = tl.load(maxima + every, mask=part_inside, other=float("-inf"), cache_modifier=".cg")',
+            'counts = tl.load(totals + every, mask=part_inside, other=0.0, cache_modifier=".cg")',
+            "highest = tl.max(tops, 0)",
+            'highest = tl.where(highest > float("-inf"), highest, 0.0)  # of a row that has seen no key',
+            "total = tl.sum(counts * tl.exp2(tops - highest[None, :]), 0)",
+            "result = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)",
         )
-        with e.block("for part in range(SPLITS):"):
+        with e.block("for first_part in range(0, SPLITS, CHUNK):"):
             e.add(
-                f"row = scratch + (part * BLOCK_M + m) * {stride}",
-                'top = tl.load(row + BLOCK_D, mask=row_inside, other=float("-inf"), cache_modifier=".cg")',
-                'sums = tl.load(row[:, None] + d[None, :], mask=row_inside[:, None], other=0.0, cache_modifier=".cg")',
-                "result += sums * tl.exp2(top - safe)[:, None]",
+                "c = first_part + tl.arange(0, CHUNK)",
+                "some = c[:, None] * GROUP + r[None, :]",
+                "some_inside = (c < SPLITS)[:, None] & (r < GROUP)[None, :]",
+                'top = tl.load(maxima + some, mask=some_inside, other=float("-inf"), cache_modifier=".cg")',
+                "place = sums + some[:, :, None] * BLOCK_D + d[None, None, :]",
+                'parts = tl.load(place, mask=some_inside[:, :, None], other=0.0, cache_modifier=".cg")',
+                "result += tl.sum(parts * tl.exp2(top - highest[None, :])[:, :, None], 0)",
             )
-        e.add("# A row that sees no key gives 0.", "result = result / tl.where(total > 0.0, total, 1.0)[:, None]")
-        e.add("tl.store(y + rows[:, None] + d[None, :], result, mask=inside)")
+        inside = "(r < GROUP)[:, None]" + (" & (d < D)[None, :]" if self.padded else "")
+        e.add(
+            "# A row that sees no key gives 0.",
+            "result = result / tl.where(total > 0.0, total, 1.0)[:, None]",
+            "rows = (sequence.to(tl.int64) * H + g * GROUP + r) * D",
+            f"tl.store(y + rows[:, None] + d[None, :], result, mask={inside})",
+        )
 
     def _host(self) -> None:
         e, what = self.emitter, self.what
-        arguments = list(self.tensors)
         parameters = list(self.tensors)
+        arguments = list(self.tensors)
         if self.splits is None:
             parameters.insert(6, "longest")
-        note = " Scratch is kept, so launches of a device must follow one another." if self.parts else ""
-        lines = [f"def launch({', '.join(parameters)}):", f'    """Fills y; all tensors are contiguous.{note}"""']
-        lines += ["    sequences = context_lens.shape[0]"]
         if self.parts:
-            assert self.splits is not None
-            size = self.splits * int(str(e.constants["BLOCK_M"])) * (int(str(e.constants["BLOCK_D"])) + 2)
-            e.host += ["SCRATCH = {}  # by device: the parts' sums, and how many have arrived", "", ""]
-            lines += [
-                f"    groups = sequences * {what.kv_heads!r}",
-                "    device = y.device",
-                "    if device not in SCRATCH or SCRATCH[device][1].shape[0] < groups:",
-                "        SCRATCH[device] = (",
-                f"            torch.empty(groups * {size!r}, dtype=torch.float32, device=device),",
-                "            torch.zeros(groups, dtype=torch.int32, device=device),",
-                "        )",
-            ]
-            arguments += ["*SCRATCH[device]"]
+            parameters += ["partial", "arrived"]
+            arguments += ["partial", "arrived"]
+            e.workspace = (what.kv_heads * int(str(e.constants["SCRATCH"])), what.kv_heads)
         arguments += ["block_table.stride(0)"]
         if self.splits is None:
             rows = f"triton.cdiv(longest * {what.group!r}, {e.constants['BLOCK_M']!r})"
-            lines += ["    if sequences and longest:"]
-            grid = f"({rows}, {what.kv_heads!r}, sequences)"
+            runs, grid = "sequences and longest", f"({rows}, {what.kv_heads!r}, sequences)"
         else:
-            lines += ["    if sequences:"]
-            grid = (
-                f"(sequences * {what.kv_heads!r}, {self.splits!r})"
-                if self.parts
-                else f"(sequences * {what.kv_heads!r},)"
-            )
-        e.host += [*lines, f"        {e.launched(grid, *arguments)}"]
+            runs, grid = "sequences", f"(sequences * {what.kv_heads!r}, {self.splits!r})"
+        e.host += [
+            f"def launch({', '.join(parameters)}, pdl=False):",
+            '    """Fills y; all tensors are contiguous."""',
+            "    sequences = context_lens.shape[0]",
+            f"    if {runs}:",
+            f"        {e.launched(grid, *arguments)}",
+        ]

@@ -16,7 +16,12 @@ class Kernel:
     """One emitted kernel: `text` is a Python module with the functions `kernel` (Triton) and `launch` (host).
 
     `signature` gives each run-time parameter's type as Triton spells it ("*bf16", "i32"), in order; `constants` the
-    compile-time ones, which are the defaults in the text; `options` num_warps and num_stages.
+    compile-time ones, which are the defaults in the text; `options` num_warps and num_stages. `workspace` is the scratch that
+    `launch` takes as its last two tensors, `partial` and `arrived`: elements of float32, of any content, and counters
+    of int32, which are zero before a launch and after it. One workspace serves launches that follow one another.
+
+    `launch(..., pdl=True)` lets the kernel start while the one before it in the stream still runs (programmatic dependent
+    launch, compute capability 9.0): it loads weights at once and waits before it reads or writes anything else.
     """
 
     name: str
@@ -24,6 +29,7 @@ class Kernel:
     signature: Mapping[str, str]
     constants: Mapping[str, object]
     options: Mapping[str, int]
+    workspace: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Emitter:
     lines: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)  # device functions before the kernel
     host: list[str] = field(default_factory=list)
+    workspace: tuple[int, int] = (0, 0)
     _depth: int = 1
 
     def pointer(self, name: str, dtype: str) -> str:
@@ -64,6 +71,17 @@ class Emitter:
         """Lines of the kernel's body, at the present depth; an empty one is a blank line."""
         self.lines += [("    " * self._depth + line) if line else "" for line in lines]
 
+    def begin(self, *, waits: bool = False) -> None:
+        """The start of a body: the next launch may start as well, as far as it can without this one's results."""
+        self.constant(PDL=False)
+        with self.block("if PDL:"):
+            self.add("tl.extra.cuda.gdc_launch_dependents()", *["tl.extra.cuda.gdc_wait()"] * waits)
+
+    def wait(self) -> None:
+        """From here on the body may read what launches before it wrote, and write what they read."""
+        with self.block("if PDL:"):
+            self.add("tl.extra.cuda.gdc_wait()")
+
     @contextmanager
     def block(self, header: str) -> Iterator[None]:
         """`header` and, one level deeper, what is added within."""
@@ -82,31 +100,35 @@ class Emitter:
         for part in self.parts:
             out += ["", "", *part.strip("\n").splitlines()]
         out += ["", "", "@triton.jit", "def kernel(", *parameters, "):", *self.lines]
+        if "PDL" in self.constants:
+            out += ["", "", 'OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch']
         out += ["", "", *self.host, ""]
         text = "\n".join(line for whole in out for line in _wrapped(whole))
-        return Kernel(self.name, text, dict(self.signature), dict(self.constants), dict(self.options))
+        return Kernel(self.name, text, dict(self.signature), dict(self.constants), dict(self.options), self.workspace)
 
     def launched(self, grid: str, *arguments: str) -> str:
         """The host's line that starts the kernel."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"kernel[{grid}]({', '.join(arguments)}{options})"
+        overlap = ", **(OVERLAPPED if pdl else {})" if "PDL" in self.constants else ""
+        return f"kernel[{grid}]({', '.join(arguments)}{options}{overlap})"
 
 
 def _wrapped(line: str) -> list[str]:
     """A line of the text, its last call's arguments on lines of their own where it is too long, as formatters do."""
     comment = line.lstrip().startswith(("#", '"""'))
-    if len(line) <= WIDTH or comment or not line.endswith(")"):
+    end = len(line) - 1 - line.endswith(":")
+    if len(line) <= WIDTH or comment or line[end] != ")":
         return [line]
-    depth, start = 0, len(line) - 1
+    depth, start = 0, end
     while True:
         depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(line[start], 0)
         if not depth:
             break
         start -= 1
     indent = line[: len(line) - len(line.lstrip())]
-    inner = line[start + 1 : -1]
+    inner = line[start + 1 : end]
     if len(indent) + 4 + len(inner) <= WIDTH:
-        return [line[: start + 1], f"{indent}    {inner}", f"{indent})"]
+        return [line[: start + 1], f"{indent}    {inner}", f"{indent}{line[end:]}"]
     depth, arguments = 0, [""]
     for character in inner:
         depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)
@@ -114,7 +136,7 @@ def _wrapped(line: str) -> list[str]:
             arguments.append("")
         else:
             arguments[-1] += character
-    return [line[: start + 1], *(f"{indent}    {argument.strip()}," for argument in arguments), f"{indent})"]
+    return [line[: start + 1], *(f"{indent}    {argument.strip()}," for argument in arguments), f"{indent}{line[end:]}"]
 
 
 def element(dtype: str) -> str:

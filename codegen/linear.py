@@ -1,12 +1,15 @@
-"""Linear kernels of few tokens: y = x W^T with a norm before, and bias, gate or residual after, in one launch.
+"""Linear kernels of few tokens: y = x W^T, a norm before, bias, gate, residual or rotary embedding after, in one launch.
 
-The weight is read once, as a stream; what the kernel does besides must hide behind that. A prologue (norm of x), a main loop
-(products of one token by multiply-add, of more by tensor cores with the weight as the left operand) and an epilogue compose.
+The weight is read once, as a stream; what the kernel does besides must hide behind that. A prologue (the norm of x), a main
+loop (products of one token by multiply-add, of more by tensor cores with the weight as the left operand) and an epilogue
+compose. What depends on the weight alone is done to the weight, once, when it is loaded: a norm's scale is multiplied into W.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fuser.codegen.kernel import Emitter, Kernel, activated, element, power_of_two
+from fuser.codegen.rotary import Rotary, rotary_epilogue
 from fuser.errors import UsageError
 
 MOST_TOKENS = 64
@@ -27,9 +30,14 @@ class Tiling:
 class Linear:
     """What a linear kernel computes, for x [M, K], M <= tokens.
 
-    y = x' W^T + bias, x' = rms_norm(x, norm_weight, eps) if `norm_eps` is given. W is [N, K], or [K, N] if `by_input`.
+    y = norm(x) W^T + bias, W [N, K], or [K, N] if `by_input`. `norm` is without its own scale and shift, which belong in W
+    and bias: norm(x) * scale + shift before W is norm(x) before W * scale, with W shift added to the bias. Of a
+    layer norm the kernel takes `column_sums` [N] float32, the sums of W over K.
+
     With `activation`, W holds gate and up side by side and y = activation(gate) * up, [M, N / 2]. With `residual`,
-    y += residual, [M, width of y].
+    y += residual, [M, width of y]. With `rotary`, rows of W are those of the heads of q, k and v, in this order: y
+    [M, H Dh] holds the queries, turned, and keys and values go to their slots of the cache; before they turn,
+    each head of q and k has its RMSNorm if `head_norm_eps` is given, with a weight [Dh] each.
     """
 
     N: int
@@ -37,26 +45,36 @@ class Linear:
     tokens: int = 1
     dtype: str = "bf16"
     by_input: bool = False
-    norm_eps: float | None = None
-    norm_weight: bool = True
+    norm: Literal["rms", "layer"] | None = None
+    norm_eps: float = 0.0
     bias: bool = False
     activation: str | None = None
     residual: bool = False
+    rotary: Rotary | None = None
+    head_norm_eps: float | None = None
 
     @property
     def width(self) -> int:
         """The width of y."""
+        if self.rotary is not None:
+            return self.rotary.heads * self.rotary.head_dim
         return self.N // 2 if self.activation else self.N
 
     @property
     def tensors(self) -> list[str]:
         """The kernel's tensors, in the order of `launch`."""
-        scale = self.norm_eps is not None and self.norm_weight
-        return ["x", *["norm_weight"] * scale, "weight", *["bias"] * self.bias, *["residual"] * self.residual, "y"]
+        names = ["x", "weight", *["column_sums"] * (self.norm == "layer")]
+        names += ["bias"] * self.bias + ["residual"] * self.residual
+        if self.rotary is not None:
+            names += ["q_norm_weight", "k_norm_weight"] * (self.head_norm_eps is not None)
+            names += ["cos", "sin", "positions", "slot_mapping", "k_cache", "v_cache"]
+        return [*names, "y"]
 
 
 def linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
-    """The kernel of `what`: launch(x, [norm_weight,] weight, [bias,] [residual,] y), all contiguous, of `dtype`.
+    """The kernel of `what`: launch(*what.tensors[, partial, arrived], pdl=False), all contiguous.
+
+    Tensors are of `what.dtype`, those of rotary embedding as `Rotary` says, in a workspace where K is taken in parts.
 
     Raises:
         UsageError: sizes, a dtype, an activation or a tiling that the family does not have.
@@ -64,31 +82,60 @@ def linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
     tiling = tiling or default_tiling(what)
     if not 1 <= what.tokens <= MOST_TOKENS:
         raise UsageError(f"codegen: a linear of few tokens takes 1 to {MOST_TOKENS}, not {what.tokens}")
+    if what.norm not in (None, "rms", "layer"):
+        raise UsageError(f"codegen: a norm is rms or layer, not {what.norm}")
     if what.activation and what.N % 2:
         raise UsageError(f"codegen: gate and up side by side have an even width, not {what.N}")
+    if what.rotary is not None:
+        _check_rotary(what, what.rotary, tiling)
     if tiling.splits < 1 or (tiling.splits - 1) * tiling.BLOCK_K * _steps(what, tiling) >= what.K:
         raise UsageError(f"codegen: K = {what.K} has no {tiling.splits} parts of whole steps of {tiling.BLOCK_K}")
     return _Composition(what, tiling).kernel()
 
 
+def _check_rotary(what: Linear, rotary: Rotary, tiling: Tiling) -> None:
+    wanted = (rotary.heads + 2 * rotary.kv_heads) * rotary.head_dim
+    if wanted != what.N:
+        raise UsageError(f"codegen: q, k and v of {rotary} have {wanted} rows of W, not {what.N}")
+    if rotary.by_block_table or what.activation or what.residual or rotary.dtype != what.dtype:
+        raise UsageError("codegen: a projection with rotary embedding has slots, one dtype, no gate and no residual")
+    if rotary.head_dim % 2:
+        raise UsageError(
+            f"codegen: heads of a projection with rotary embedding are of even width, not {rotary.head_dim}"
+        )
+    if what.head_norm_eps is not None and power_of_two(rotary.head_dim) != rotary.head_dim:
+        raise UsageError(f"codegen: a projection norms heads whose width is a power of two, not {rotary.head_dim}")
+    if what.head_norm_eps is not None and rotary.head_dim != 2 * tiling.BLOCK_N:
+        raise UsageError(
+            f"codegen: a norm of heads takes a head of {rotary.head_dim} a program, not {2 * tiling.BLOCK_N}"
+        )
+
+
 def default_tiling(what: Linear) -> Tiling:
     """A tiling that is good without a search: whole rows of W by wide loads, K in parts where there are few rows."""
+    pairs = what.activation is not None or what.rotary is not None  # two rows of W for each of a program's columns
+    whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
     if what.tokens == 1:
-        BLOCK_K = min(power_of_two(what.K), 64 if what.by_input else 2048)
-        BLOCK_N = 64 if what.by_input else (1 if what.activation else 2)
-        splits = _splits(what, BLOCK_N, BLOCK_K) if what.by_input else 1
+        BLOCK_K = min(power_of_two(what.K), 64 if what.by_input else 64 if whole_head else 2048)
+        BLOCK_N = whole_head or (64 if what.by_input else (1 if pairs else 2))
+        splits = _splits(what, BLOCK_N, BLOCK_K) if what.by_input or whole_head else 1
         return Tiling(BLOCK_N, BLOCK_K, splits, num_warps=4, num_stages=1)
-    BLOCK_N = 32 if what.activation else 64
+    BLOCK_N = whole_head or (32 if pairs else 64)
     BLOCK_K = 128 if what.tokens <= 32 else 64
     if what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
-        BLOCK_N, BLOCK_K = 16, 32
+        BLOCK_N, BLOCK_K = whole_head or 16, 32
     BLOCK_K = max(min(power_of_two(what.K), BLOCK_K), 16)
     return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K), num_warps=4, num_stages=4)
 
 
+def _columns(what: Linear) -> int:
+    """What programs share out: columns of y, or pairs of rows of W that turn together."""
+    return what.N // 2 if what.rotary is not None else what.width
+
+
 def _splits(what: Linear, BLOCK_N: int, BLOCK_K: int) -> int:
     """Parts of K so that some four hundred programs run, each of at least four steps."""
-    programs = -(-what.width // BLOCK_N)
+    programs = -(-_columns(what) // BLOCK_N)
     steps = -(-what.K // BLOCK_K)
     wanted = max(min(400 // programs, steps // 4), 1)
     return -(-steps // -(-steps // wanted))
@@ -107,45 +154,57 @@ class _Composition:
         self.what, self.tiling = what, tiling
         self.dot = what.tokens > 1
         self.rows = max(power_of_two(what.tokens), 16) if self.dot else 1
-        self.sides = ("gate", "up") if what.activation else ("out",)
-        self.ragged_n = what.width % tiling.BLOCK_N != 0
+        self.sides = ("gate", "up") if what.activation else ("a", "b") if what.rotary else ("out",)
+        self.columns = _columns(what)
+        self.ragged_n = self.columns % tiling.BLOCK_N != 0
         self.ragged_k = what.K % tiling.BLOCK_K != 0 or (what.K // tiling.BLOCK_K) % tiling.splits != 0
-        # The sum of squares is taken beside the product and divides it afterwards, which hides its cost. Where x times
-        # the norm's weight could overflow, or a part of K sees a part of x, it is taken before, from cached x.
-        self.normed = what.norm_eps is not None
-        self.norm_first = self.normed and (tiling.splits > 1 or (self.dot and what.dtype == "fp16"))
+        # Statistics are taken beside the product and applied to it afterwards, which hides their cost.
+        self.statistics = {"rms": ["squares"], "layer": ["squares", "sums"]}[what.norm] if what.norm else []
+        # Unrolled, all loads of a row are in flight at once.
+        self.unrolled = tiling.splits == 1 and not self.dot and -(-what.K // tiling.BLOCK_K) <= 4
         self.emitter = self._emitter()
 
     def _emitter(self) -> Emitter:
         what, tiling = self.what, self.tiling
-        norm = "rms_norm(x)" if self.normed else "x"
-        product = f"{norm} W^T{' + bias' if what.bias else ''}"
+        product = f"{f'{what.norm}_norm(x)' if what.norm else 'x'} W^T{' + bias' if what.bias else ''}"
         value = f"{what.activation}(gate) * up, (gate, up) = {product}" if what.activation else product
         shape = f"[{what.K}, {what.N}]" if what.by_input else f"[{what.N}, {what.K}]"
-        summary = f"y = {value}{' + residual' if what.residual else ''} for at most {what.tokens} tokens, W {shape}."
-        grid = "Grid: (blocks of columns of y,)."
-        work = (
-            f"One program computes {tiling.BLOCK_N} columns of y for every token, {tiling.BLOCK_K} columns of x a step."
+        result = "q, k, v" if what.rotary else "y"
+        summary = (
+            f"{result} = {value}{' + residual' if what.residual else ''} for at most {what.tokens} tokens, W {shape}."
         )
+        share = "pairs of rows of W" if what.rotary else "columns of y"
+        grid = f"Grid: (blocks of {share},)."
+        work = f"One program computes {tiling.BLOCK_N} {share} for every token, {tiling.BLOCK_K} columns of x a step."
         if tiling.splits > 1:
-            grid = f"Grid: (blocks of columns of y, {tiling.splits} parts of K)."
+            grid = f"Grid: (blocks of {share}, {tiling.splits} parts of K)."
             work += (
                 "\nThe last of a block's parts to arrive adds them all, in their order, so results repeat bit by bit."
             )
+        if what.rotary:
+            work += f"\nThen {what.rotary.heads} heads of q and {what.rotary.kv_heads} of k turn; k and v go to their slots."
         how = "by tensor cores" if self.dot else "by multiply-add"
         details = (grid, *work.splitlines(), f"Products {how}, sums in float32, rounded once.")
         e = Emitter("linear", summary, details, {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages})
         for tensor in what.tensors:
-            e.pointer(tensor, element(what.dtype))
+            if what.rotary and tensor in ("cos", "sin"):
+                e.pointer(tensor, element(what.rotary.table_dtype))
+            elif tensor == "column_sums":
+                e.pointer(tensor, "fp32")
+            else:
+                e.pointer(tensor, "i32" if tensor in ("positions", "slot_mapping") else element(what.dtype))
         if tiling.splits > 1:
             e.pointer("partial", "fp32")
             e.pointer("arrived", "i32")
         if self.dot:
             e.integer("tokens")
-        e.constant(N=what.width, K=what.K, BLOCK_N=tiling.BLOCK_N, BLOCK_K=tiling.BLOCK_K)
+        e.constant(N=self.columns, K=what.K, BLOCK_N=tiling.BLOCK_N, BLOCK_K=tiling.BLOCK_K)
         if self.dot:
             e.constant(BLOCK_M=self.rows)
-        if self.normed:
+        if what.rotary:
+            r = what.rotary
+            e.constant(H=r.heads, G=r.kv_heads, D=r.head_dim, R=r.rotary_dim // 2)
+        if what.norm:
             e.constant(EPS=what.norm_eps)
         if tiling.splits > 1:
             e.constant(SPLITS=tiling.splits, PART=_steps(what, tiling) * tiling.BLOCK_K)
@@ -155,15 +214,22 @@ class _Composition:
 
     def kernel(self) -> Kernel:
         """The whole of it."""
+        self.emitter.begin()
         self._places()
-        if self.norm_first:
-            self._norm_first()
         self._main_loop()
         if self.tiling.splits > 1:
             self._combine()
+        self._norm()
         self._epilogue()
         self._host()
         return self.emitter.kernel()
+
+    @property
+    def _row_names(self) -> list[str]:
+        """The row of W of each side, by the column n of a program."""
+        if self.what.activation:
+            return ["n", "(N + n)"]
+        return ["a_row", "b_row"] if self.what.rotary else ["n"]
 
     def _places(self) -> None:
         e = self.emitter
@@ -172,9 +238,18 @@ class _Composition:
             e.add("n_inside = n < N")
         if self.dot:
             e.add("m = tl.arange(0, BLOCK_M)", "m_inside = m < tokens")
-        for side, first in zip(self.sides, ("n", "(N + n)"), strict=False):
-            rows = f"{first}" if self.what.by_input else f"{first}.to(tl.int64) * K"
-            e.add(f"{side}_rows = weight + {rows}")
+        if self.what.rotary:
+            e.add("# Rows of W by pairs that turn together, within one head; what does not turn is in pairs as well.")
+            e.add("head = n // (D // 2)", "pair = n % (D // 2)")
+            if self.what.rotary.interleaved:
+                first, second = "2 * pair", "2 * pair + 1"
+            elif self.what.rotary.rotary_dim == self.what.rotary.head_dim:
+                first, second = "pair", "R + pair"
+            else:
+                first, second = "tl.where(pair < R, pair, R + pair)", "tl.where(pair < R, R, D // 2) + pair"
+            e.add(f"a_row = head * D + {first}", f"b_row = head * D + {second}")
+        for side, row in zip(self.sides, self._row_names, strict=True):
+            e.add(f"{side}_rows = weight + {row if self.what.by_input else f'{row}.to(tl.int64) * K'}")
 
     def _load_x(self) -> None:
         """x as [BLOCK_K, BLOCK_M], or [1, BLOCK_K]: the right operand."""
@@ -185,96 +260,97 @@ class _Composition:
             mask = "k_inside[None, :]" if self.ragged_k else ""
             place = "x + k[None, :]"
         masked = f", mask={mask}, other=0.0" if mask else ""
-        self.emitter.add(f'a = tl.load({place}{masked}, eviction_policy="evict_last")')
+        self.emitter.add(f'tokens_tile = tl.load({place}{masked}, eviction_policy="evict_last")')
 
-    def _k(self, bound: str) -> None:
-        self.emitter.add("k = step + tl.arange(0, BLOCK_K)")
+    def _k(self, step: str, bound: str) -> None:
+        self.emitter.add(f"k = {step} + tl.arange(0, BLOCK_K)")
         if self.ragged_k:
             self.emitter.add(f"k_inside = k < {bound}")
 
-    def _norm_first(self) -> None:
-        e = self.emitter
-        shape = "[BLOCK_K, BLOCK_M]" if self.dot else "[1, BLOCK_K]"
-        e.add("# Prologue: one over the root mean square of every token.", f"squares = tl.zeros({shape}, tl.float32)")
-        with e.block("for step in range(0, K, BLOCK_K):"):
-            self._k("K")
-            self._load_x()
-            e.add("squares += a.to(tl.float32) * a.to(tl.float32)")
-        e.add(f"inverse = tl.rsqrt(tl.sum(squares, {0 if self.dot else 1}) / K + EPS)")
-
     def _main_loop(self) -> None:
-        e, what = self.emitter, self.what
+        e = self.emitter
         shape = "[BLOCK_N, BLOCK_M]" if self.dot else "[BLOCK_N, BLOCK_K]"
+        statistics = "[BLOCK_K, BLOCK_M]" if self.dot else "[1, BLOCK_K]"
         e.add("# Main loop: W streams by, x stays in the cache.")
         for side in self.sides:
             e.add(f"{side} = tl.zeros({shape}, tl.float32)")
-        if self.normed and not self.norm_first:
-            e.add(f"squares = tl.zeros({'[BLOCK_K, BLOCK_M]' if self.dot else '[1, BLOCK_K]'}, tl.float32)")
-        first, last = "0", "K"
-        if self.tiling.splits > 1:
-            e.add("begin = tl.program_id(1) * PART", "end = tl.minimum(begin + PART, K)")
-            first, last = "begin", "end"
-        few = self.tiling.splits == 1 and not self.dot and -(-what.K // self.tiling.BLOCK_K) <= 4
-        loop = "tl.static_range" if few else "range"  # unrolled, all loads are in flight at once
-        with e.block(f"for step in {loop}({first}, {last}, BLOCK_K):"):
-            self._k(last)
-            for side in self.sides:
-                self._load_weight(side)
-            self._load_x()
-            self._scale_x()
-            for side in self.sides:
-                if self.dot:
-                    exact = ', input_precision="ieee"' if what.dtype == "fp32" else ""
-                    e.add(f"{side} = tl.dot({side}_tile, a, {side}{exact})")
-                else:
-                    e.add(f"{side} += {side}_tile.to(tl.float32) * a")
+        for name in self.statistics:
+            e.add(f"{name} = tl.zeros({statistics}, tl.float32)")
+        if self.unrolled:
+            self._unrolled_steps()
+        else:
+            first, last = "0", "K"
+            if self.tiling.splits > 1:
+                e.add("begin = tl.program_id(1) * PART", "end = tl.minimum(begin + PART, K)")
+                first, last = "begin", "end"
+            e.wait()
+            with e.block(f"for step in range({first}, {last}, BLOCK_K):"):
+                self._k("step", last)
+                for side in self.sides:
+                    self._load_weight(side, f"{side}_tile")
+                self._load_x()
+                self._multiply()
         if not self.dot:
             for side in self.sides:
                 e.add(f"{side} = tl.sum({side}, 1)")
-        if self.normed and not self.norm_first:
-            e.add(f"inverse = tl.rsqrt(tl.sum(squares, {0 if self.dot else 1}) / K + EPS)")
-            for side in self.sides:
-                e.add(f"{side} *= inverse{'[None, :]' if self.dot else ''}")
+        for name in self.statistics:
+            e.add(f"{name} = tl.sum({name}, {0 if self.dot else 1})")
 
-    def _load_weight(self, side: str) -> None:
+    def _unrolled_steps(self) -> None:
+        """Every step of K written out: all of the weight is on its way before anything is waited for."""
+        e = self.emitter
+        starts = range(0, self.what.K, self.tiling.BLOCK_K)
+        for i, start in enumerate(starts):
+            self._k(repr(start), "K")
+            for side in self.sides:
+                self._load_weight(side, f"{side}_tile_{i}")
+        e.wait()
+        for i, start in enumerate(starts):
+            if len(starts) > 1:
+                self._k(repr(start), "K")
+            self._load_x()
+            self._multiply(f"_{i}")
+
+    def _load_weight(self, side: str, target: str) -> None:
         columns = f"k[None, :].to(tl.int64) * {self.what.N!r}" if self.what.by_input else "k[None, :]"
         masks = ["n_inside[:, None]"] * self.ragged_n + ["k_inside[None, :]"] * self.ragged_k
         masked = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
-        self.emitter.add(
-            f'{side}_tile = tl.load({side}_rows[:, None] + {columns}{masked}, eviction_policy="evict_first")'
-        )
+        self.emitter.add(f'{target} = tl.load({side}_rows[:, None] + {columns}{masked}, eviction_policy="evict_first")')
 
-    def _scale_x(self) -> None:
+    def _multiply(self, step: str = "") -> None:
         e = self.emitter
-        if not self.normed:
-            if not self.dot:
-                e.add("a = a.to(tl.float32)")
-            return
-        e.add("a = a.to(tl.float32)")
-        if self.norm_first:
-            e.add(f"a *= inverse{'[None, :]' if self.dot else ''}")
-        else:
-            e.add("squares += a * a")
-        if self.what.norm_weight:
-            mask = ", mask=k_inside, other=0.0" if self.ragged_k else ""
-            spread = "[:, None]" if self.dot else "[None, :]"
-            e.add(f"a *= tl.load(norm_weight + k{mask}).to(tl.float32){spread}")
-        if self.dot:
-            e.add("a = a.to(x.dtype.element_ty)")
+        if self.statistics or not self.dot:
+            e.add("wide = tokens_tile.to(tl.float32)")
+        for name in self.statistics:
+            e.add(f"{name} += {'wide * wide' if name == 'squares' else 'wide'}")
+        for side in self.sides:
+            if self.dot:
+                exact = ', input_precision="ieee"' if self.what.dtype == "fp32" else ""
+                e.add(f"{side} = tl.dot({side}_tile, tokens_tile, {side}{exact})")
+            else:
+                e.add(f"{side} += {side}_tile{step}.to(tl.float32) * wide")
 
     def _combine(self) -> None:
+        """Each block leaves, for each part, its sides' sums and then its statistics."""
         e = self.emitter
-        tile = "[BLOCK_N, BLOCK_M]" if self.dot else "[BLOCK_N]"
-        size = "BLOCK_N * BLOCK_M" if self.dot else "BLOCK_N"
-        sides = len(self.sides)
+        tile, row = ("BLOCK_N * BLOCK_M", "m") if self.dot else ("BLOCK_N", "one")
         inner = "tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]" if self.dot else "tl.arange(0, BLOCK_N)"
+        size = f"{len(self.sides)} * {tile}"
+        places = {side: f"{f'{tile} + ' * i}inner" for i, side in enumerate(self.sides)}
+        for i, name in enumerate(self.statistics):
+            before = f"{size} + " + ("BLOCK_M + " if self.dot else "1 + ") * i
+            places[name] = f"{before}{row}"
+        if self.statistics:
+            size += f" + {len(self.statistics)}{' * BLOCK_M' if self.dot else ''}"
+        e.add("# Every part leaves its sums; the last to arrive adds them in order.", f"inner = {inner}")
+        if self.statistics and not self.dot:
+            e.add("one = tl.arange(0, 1)")
         e.add(
-            "# Every part leaves its sums; the last to arrive adds them in order.",
-            f"inner = {inner}",
-            f"block = partial + tl.program_id(0).to(tl.int64) * (SPLITS * {sides} * {size})",
+            f"block = partial + tl.program_id(0).to(tl.int64) * (SPLITS * ({size}))",
+            f"own = block + tl.program_id(1) * ({size})",
         )
-        for i, side in enumerate(self.sides):
-            e.add(f"tl.store(block + (tl.program_id(1) * {sides} + {i}) * {size} + inner, {side})")
+        for name, place in places.items():
+            e.add(f"tl.store(own + {place}, {name})")
         e.add(
             "tl.debug_barrier()  # the counter follows what all threads stored",
             'before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")',
@@ -283,21 +359,42 @@ class _Composition:
             e.add("return")
         e.add("tl.debug_barrier()")
         e.add("tl.store(arrived + tl.program_id(0), 0)  # ready for the next launch")
-        for side in self.sides:
-            e.add(f"{side} = tl.zeros({tile}, tl.float32)")
+        for name in places:
+            shape = ["BLOCK_N"] * (name in self.sides) + ["BLOCK_M"] * self.dot
+            e.add(f"{name} = tl.zeros([{', '.join(shape) or '1'}], tl.float32)")
         with e.block("for part in range(SPLITS):"):
-            for i, side in enumerate(self.sides):
-                e.add(f'{side} += tl.load(block + (part * {sides} + {i}) * {size} + inner, cache_modifier=".cg")')
+            e.add(f"other = block + part * ({size})")
+            for name, place in places.items():
+                e.add(f'{name} += tl.load(other + {place}, cache_modifier=".cg")')
+
+    def _norm(self) -> None:
+        """The norm of x, applied to what came of x."""
+        e, what = self.emitter, self.what
+        spread = "[None, :]" if self.dot else ""
+        if what.norm == "rms":
+            e.add("inverse = tl.rsqrt(squares / K + EPS)")
+        elif what.norm == "layer":
+            e.add("mean = sums / K", "inverse = tl.rsqrt(tl.maximum(squares / K - mean * mean, 0.0) + EPS)")
+            masked = ", mask=n_inside, other=0.0" if self.ragged_n else ""
+            for side, row in zip(self.sides, self._row_names, strict=True):
+                column = "[:, None]" if self.dot else ""
+                e.add(f"{side} -= mean{spread} * tl.load(column_sums + {row}{masked}){column}")
+        if what.norm:
+            for side in self.sides:
+                e.add(f"{side} *= inverse{spread}")
 
     def _epilogue(self) -> None:
         e, what = self.emitter, self.what
         column = "[:, None]" if self.dot else ""
         n_mask = "n_inside" if self.ragged_n else ""
-        masked = f", mask={n_mask}" if n_mask else ""
+        masked = f", mask={n_mask}, other=0.0" if n_mask else ""
         e.add("# Epilogue.")
         if what.bias:
-            for side, first in zip(self.sides, ("n", "N + n"), strict=False):
-                e.add(f"{side} += tl.load(bias + {first}{masked}).to(tl.float32){column}")
+            for side, row in zip(self.sides, self._row_names, strict=True):
+                e.add(f"{side} += tl.load(bias + {row}{masked}).to(tl.float32){column}")
+        if what.rotary is not None:
+            rotary_epilogue(e, what.rotary, what.head_norm_eps, dot=self.dot, ragged=self.ragged_n)
+            return
         if what.activation:
             e.add("out = activation(gate) * up")
         place = "m[None, :] * N + n[:, None]" if self.dot else "n"
@@ -309,28 +406,20 @@ class _Composition:
 
     def _host(self) -> None:
         e, what, tiling = self.emitter, self.what, self.tiling
-        blocks = -(-what.width // tiling.BLOCK_N)
-        arguments = list(what.tensors)
-        lines = [
-            f"def launch({', '.join(what.tensors)}):",
-            '    """Fills y; all tensors are contiguous. Scratch is kept, so launches of a device must follow one another."""'
-            if tiling.splits > 1
-            else '    """Fills y; all tensors are contiguous."""',
+        blocks = -(-self.columns // tiling.BLOCK_N)
+        parameters = [*what.tensors]
+        if tiling.splits > 1:
+            size = len(self.sides) * tiling.BLOCK_N * self.rows + len(self.statistics) * self.rows
+            e.workspace = (blocks * tiling.splits * size, blocks)
+            parameters += ["partial", "arrived"]
+        arguments = parameters + ["tokens"] * self.dot
+        grid = f"({blocks!r}, {tiling.splits!r})" if tiling.splits > 1 else f"({blocks!r},)"
+        filled = "y and the slots of the caches" if what.rotary else "y"
+        e.host += [
+            f"def launch({', '.join(parameters)}, pdl=False):",
+            f'    """Fills {filled}; all tensors are contiguous."""',
             f"    tokens = x.numel() // {what.K!r}",
             f"    if not 0 < tokens <= {what.tokens!r}:",
             f'        raise ValueError(f"this kernel takes 1 to {what.tokens!r} tokens, not {{tokens}}")',
+            f"    {e.launched(grid, *arguments)}",
         ]
-        if tiling.splits > 1:
-            size = tiling.splits * len(self.sides) * tiling.BLOCK_N * self.rows
-            e.host += ["SCRATCH = {}  # by device: the parts' sums, and how many have arrived", "", ""]
-            lines += [
-                "    if x.device not in SCRATCH:",
-                "        SCRATCH[x.device] = (",
-                f"            torch.empty({blocks * size!r}, dtype=torch.float32, device=x.device),",
-                f"            torch.zeros({blocks!r}, dtype=torch.int32, device=x.device),",
-                "        )",
-            ]
-            arguments += ["*SCRATCH[x.device]"]
-        arguments += ["tokens"] * self.dot
-        grid = f"({blocks!r}, {tiling.splits!r})" if tiling.splits > 1 else f"({blocks!r},)"
-        e.host += [*lines, f"    {e.launched(grid, *arguments)}"]

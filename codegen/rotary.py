@@ -72,6 +72,7 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     rest = what.head_dim - what.rotary_dim
     if rest:
         e.constant(BLOCK_REST=power_of_two(rest))
+    e.begin(waits=True)
     e.add(
         "token = tl.program_id(0).to(tl.int64)",
         "position = tl.load(positions + token).to(tl.int64)",
@@ -103,7 +104,7 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     given = [*what.tensors, "q.stride(0)", "k.stride(0)", "v.stride(0)"]
     given += ["block_table.stride(0)"] * what.by_block_table
     e.host += [
-        f"def launch({', '.join(what.tensors)}):",
+        f"def launch({', '.join(what.tensors)}, pdl=False):",
         '    """Fills turned and the slots of the caches; the rows of q, k and v may be strided."""',
         "    tokens = positions.shape[0]",
         "    if tokens:",
@@ -130,3 +131,54 @@ def _turn(e: Emitter, what: Rotary, source: str, target: str, heads: str) -> Non
             f"kept = tl.load({source} + h * D + rest, mask=kept_inside)",
             f"tl.store({target} + h * D + rest, kept, mask=kept_inside)",
         )
+
+
+def rotary_epilogue(e: Emitter, rotary: Rotary, head_norm_eps: float | None, *, dot: bool, ragged: bool) -> None:
+    """What follows a projection's sums a and b, pairs of channels of one head: norm, turn, and where they are stored."""
+    row, column = ("[None, :]", "[:, None]") if dot else ("", "")
+    e.add("is_query = head < H", "is_key = (head >= H) & (head < H + G)", "is_value = head >= H + G")
+    if ragged:
+        e.add(*(f"{name} &= n_inside" for name in ("is_query", "is_key", "is_value")))
+    if head_norm_eps is not None:
+        e.constant(HEAD_EPS=head_norm_eps)
+        e.add(
+            "# A program holds one head: its root mean square, of queries and keys.",
+            "of_head = tl.rsqrt(tl.sum(a * a + b * b, 0) / D + HEAD_EPS)",
+            f"of_head = tl.where(is_value{column}, 1.0, of_head{row})",
+        )
+        for side in "ab":
+            channel = f"{side}_row - head * D"
+            e.add(
+                f"scale = tl.load(q_norm_weight + {channel}, mask=is_query, other=1.0).to(tl.float32)",
+                f"scale *= tl.load(k_norm_weight + {channel}, mask=is_key, other=1.0).to(tl.float32)",
+                f"{side} *= of_head * scale{column}",
+            )
+    if dot:
+        e.add(
+            "position = tl.load(positions + m, mask=m_inside, other=0).to(tl.int64)",
+            "slot = tl.load(slot_mapping + m, mask=m_inside, other=-1).to(tl.int64)",
+        )
+    else:
+        e.add(
+            "m = tl.arange(0, 1)",
+            "position = tl.load(positions + m).to(tl.int64)",
+            "slot = tl.load(slot_mapping + m).to(tl.int64)",
+        )
+    pairs = "is_query | is_key" if rotary.rotary_dim == rotary.head_dim else "(is_query | is_key) & (pair < R)"
+    e.add(f"turns = ({pairs})[:, None] & m_inside[None, :]" if dot else f"turns = {pairs}")
+    e.add(
+        f"angle = position{row} * R + pair{column}",
+        "cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)",
+        "sine = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)",
+        "turned_a = a * cosine - b * sine",
+        "turned_b = b * cosine + a * sine",
+    )
+    kept = f" & (slot >= 0){row}"
+    for target, first, mask, start in (
+        ("y", "", f"is_query{column}{' & m_inside[None, :]' if dot else ''}", f"m{row} * (H * D)"),
+        ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)"),
+        ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)"),
+    ):
+        for side in "ab":
+            channel = f"({side}_row{first}){column}" if first and dot else f"{side}_row{column}{first}"
+            e.add(f"tl.store({target} + {start} + {channel}, turned_{side}, mask={mask})")

@@ -42,6 +42,7 @@ def norm(
     for tensor in tensors:
         e.pointer(tensor, element(dtype))
     e.constant(D=D, EPS=eps, BLOCK=BLOCK)
+    e.begin(waits=True)
     e.add("start = tl.program_id(0).to(tl.int64) * D", "columns = tl.arange(0, BLOCK)")
     mask = other = ""
     if BLOCK != D:
@@ -67,7 +68,7 @@ def norm(
     e.add(f"tl.store(y + start + columns, row{mask})")
     outputs = "y and total" if skip else "y"
     e.host += [
-        f"def launch({', '.join(tensors)}):",
+        f"def launch({', '.join(tensors)}, pdl=False):",
         f'    """Fills {outputs}; rows are contiguous."""',
         f"    rows = x.numel() // {D!r}",
         "    if rows:",
@@ -100,6 +101,7 @@ def gate(F: int, *, activation: str, dtype: str = "bf16", BLOCK: int = 1024, num
     e.integer("gate_stride")
     e.integer("up_stride")
     e.constant(F=F, BLOCK=BLOCK)
+    e.begin(waits=True)
     e.add("row = tl.program_id(0).to(tl.int64)", "columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)")
     mask = ""
     if F % BLOCK:
@@ -112,7 +114,7 @@ def gate(F: int, *, activation: str, dtype: str = "bf16", BLOCK: int = 1024, num
     )
     grid = f"(rows, {-(-F // BLOCK)!r})"
     e.host += [
-        "def launch(gate, up, y):",
+        "def launch(gate, up, y, pdl=False):",
         '    """Fills y [rows, F]; the rows of gate and up may be strided."""',
         "    rows = y.shape[0]",
         "    if rows:",

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,6 +24,24 @@ from fuser.codegen.linear import Linear, linear
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of shared memory that a block may have
 
 
+def linears(tokens: int) -> Iterator[tuple[str, Linear]]:
+    """The products of both models, and each part of the family once."""
+    norm: dict[str, Any] = {"tokens": tokens, "norm": "rms", "norm_eps": 1e-5}
+    yield "norm+qkv+rotary", Linear(12288, 4096, rotary=rotary.Rotary(32, 32, 128, 128), **norm)
+    yield "norm+qkv+rotary 8B", Linear(6144, 4096, rotary=rotary.Rotary(32, 8, 128, 128), **norm)
+    heads = rotary.Rotary(32, 8, 128, 128)
+    yield "norm+qkv+head norms+rotary", Linear(6144, 4096, rotary=heads, head_norm_eps=1e-6, **norm)
+    yield "o+residual", Linear(4096, 4096, tokens=tokens, residual=True)
+    yield "norm+gate_up", Linear(22016, 4096, activation="silu", **norm)
+    yield "norm+gate_up 8B", Linear(28672, 4096, activation="silu", **norm)
+    yield "down+residual", Linear(4096, 11008, tokens=tokens, residual=True)
+    yield "down+residual 8B", Linear(4096, 14336, tokens=tokens, residual=True)
+    yield "norm+lm_head", Linear(32000, 4096, **norm)
+    yield "[K, N] layer norm", Linear(4096, 4096, tokens, by_input=True, bias=True, norm="layer", norm_eps=1e-5)
+    yield "fp16", Linear(22016, 4096, dtype="fp16", activation="silu", **norm)
+    yield "fp32", Linear(4096, 4096, dtype="fp32", **norm)
+
+
 def kernels() -> Iterator[tuple[str, Kernel]]:
     """What a layer of Llama-2-7B and of Llama-3-8B takes, and each part of each family once."""
     for dtype in ("bf16", "fp16", "fp32"):
@@ -33,18 +52,8 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
     for activation in ("silu", "gelu", "gelu_tanh"):
         yield f"gate {activation} 11008", rowwise.gate(11008, activation=activation)
     for tokens in (1, 16, 64):
-        yield f"norm+qkv M{tokens}", linear(Linear(12288, 4096, tokens=tokens, norm_eps=1e-5))
-        yield f"norm+qkv 8B M{tokens}", linear(Linear(6144, 4096, tokens=tokens, norm_eps=1e-5))
-        yield f"o+residual M{tokens}", linear(Linear(4096, 4096, tokens=tokens, residual=True))
-        gate_up = Linear(22016, 4096, tokens=tokens, norm_eps=1e-5, activation="silu")
-        yield f"norm+gate_up M{tokens}", linear(gate_up)
-        yield f"down+residual M{tokens}", linear(Linear(4096, 11008, tokens=tokens, residual=True))
-        yield f"[K, N] M{tokens}", linear(Linear(4096, 4096, tokens=tokens, by_input=True, bias=True, norm_eps=1e-5))
-        yield (
-            f"fp16 M{tokens}",
-            linear(Linear(22016, 4096, tokens=tokens, dtype="fp16", norm_eps=1e-5, activation="silu")),
-        )
-        yield f"fp32 M{tokens}", linear(Linear(4096, 4096, tokens=tokens, dtype="fp32", norm_eps=1e-5))
+        for name, what in linears(tokens):
+            yield f"{name} M{tokens}", linear(what)
     for heads, kv_heads, D in ((32, 32, 128), (32, 8, 128), (71, 1, 64), (32, 32, 80), (16, 8, 256)):
         for page in (16, 64):
             what = attention.Attention(heads, kv_heads, D, D**-0.5, page)
@@ -55,6 +64,9 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
             kernel = attention.prefill(what)
             yield f"prefill {heads}/{kv_heads} {D} page {page}", kernel
     capped = attention.Attention(16, 8, 256, 0.0625, 16, window=4096, softcap=50.0, alibi=True)
+    sunk = attention.Attention(64, 8, 64, 0.125, 16, window=128, sinks=True)
+    yield "decode window sinks", attention.decode(sunk, splits=4)
+    yield "prefill window sinks", attention.prefill(sunk)
     yield "decode window softcap alibi", attention.decode(capped, splits=4, num_stages=2)
     yield "prefill window softcap alibi", attention.prefill(capped)
     for interleaved in (False, True):

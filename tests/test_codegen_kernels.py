@@ -40,8 +40,13 @@ def unwritten(*shape: int, dtype: str = "bf16") -> Tensor:
     return torch.full(shape, float("nan"), dtype=DTYPES[dtype], device=DEVICE)
 
 
-def launch(kernel: Kernel, *tensors: object) -> None:
-    cache.load(kernel).launch(*tensors)
+def launch(kernel: Kernel, *tensors: object, sequences: int = 1) -> None:
+    """Launches twice on one workspace, whose floats are NaN: counters are left as they were found."""
+    floats, counters = (sequences * n for n in kernel.workspace)
+    workspace = [unwritten(floats, dtype="fp32"), torch.zeros(counters, dtype=torch.int32, device=DEVICE)]
+    for _ in range(2 if floats else 1):
+        cache.load(kernel).launch(*tensors, *workspace[: 2 * bool(floats)])
+    assert (workspace[1] == 0).all()
 
 
 def close(found: Tensor, expected: Tensor, dtype: str) -> None:
@@ -87,33 +92,34 @@ def test_gate(dtype: str, activation: str, rows: int, F: int) -> None:
     close(y, gated_mlp.reference(gate.double(), up.double(), activation=activation), dtype)
 
 
+def normed(x: Tensor, kind: str | None, eps: float) -> Tensor:
+    """A norm without scale and shift."""
+    if kind is None:
+        return x
+    ones = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+    return rms_norm.reference(x, ones, eps=eps) if kind == "rms" else layer_norm.reference(x, ones, None, eps=eps)
+
+
 def check_linear(what: linear.Linear, tiling: linear.Tiling | None, M: int) -> None:
     dtype = what.dtype
     W = drawn(what.N, what.K, dtype=dtype, scale=what.K**-0.5)
     tensors = {
-        "x": drawn(M, what.K, dtype=dtype, scale=3.0),
-        "norm_weight": drawn(what.K, dtype=dtype),
+        "x": drawn(M, what.K, dtype=dtype, scale=3.0) + 1.0,
         "weight": W.T.contiguous() if what.by_input else W,
+        "column_sums": W.float().sum(1),
         "bias": drawn(what.N, dtype=dtype),
         "residual": drawn(M, what.width, dtype=dtype),
         "y": unwritten(M, what.width, dtype=dtype),
     }
-    kernel = linear.linear(what, tiling)
-    expected = tensors["x"].double()
-    if what.norm_eps is not None:
-        scale = tensors["norm_weight"].double() if what.norm_weight else None
-        expected = rms_norm.reference(expected, scale, eps=what.norm_eps)
-    expected = expected @ W.double().T
+    expected = normed(tensors["x"].double(), what.norm, what.norm_eps) @ W.double().T
     if what.bias:
         expected = expected + tensors["bias"].double()
     if what.activation:
         expected = gated_mlp.reference(*expected.chunk(2, -1), activation=what.activation)
     if what.residual:
         expected = expected + tensors["residual"].double()
-    for _ in range(2):  # the second launch finds the scratch of the first
-        tensors["y"].fill_(float("nan"))
-        launch(kernel, *(tensors[name] for name in what.tensors))
-        close(tensors["y"], expected, dtype)
+    launch(linear.linear(what, tiling), *(tensors[name] for name in what.tensors))
+    close(tensors["y"], expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,9 +131,9 @@ def check_linear(what: linear.Linear, tiling: linear.Tiling | None, M: int) -> N
     [
         {},
         {"bias": True},
-        {"norm_eps": 1e-5, "activation": "silu"},
-        {"norm_eps": 1e-5, "norm_weight": False, "residual": True, "bias": True},
-        {"activation": "gelu_tanh", "bias": True, "residual": True},
+        {"norm": "rms", "norm_eps": 1e-5, "activation": "silu"},
+        {"norm": "layer", "norm_eps": 1e-5, "residual": True, "bias": True},
+        {"norm": "layer", "norm_eps": 1e-3, "activation": "gelu_tanh", "bias": True, "residual": True},
     ],
     ids=lambda parts: "+".join(parts) or "plain",
 )
@@ -138,22 +144,13 @@ def test_linear(dtype: str, tokens: int, splits: int, by_input: bool, parts: dic
 
 @pytest.mark.parametrize("M", [1, 7, 33])
 def test_linear_takes_fewer_tokens_than_it_was_made_for(M: int) -> None:
-    check_linear(linear.Linear(48, 128, tokens=33, norm_eps=1e-6, residual=True), None, M)
+    check_linear(linear.Linear(48, 128, tokens=33, norm="rms", norm_eps=1e-6, residual=True), None, M)
 
 
 @pytest.mark.parametrize("by_input", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_linear_by_its_default_tiling(by_input: bool, tokens: int) -> None:
     check_linear(linear.Linear(72, 1280, tokens=tokens, by_input=by_input), None, tokens)
-
-
-def test_linear_in_float16_normalizes_before_it_scales() -> None:
-    """x times the norm's weight is past the largest float16."""
-    what = linear.Linear(16, 64, tokens=2, dtype="fp16", norm_eps=1e-5)
-    x, scale = drawn(2, 64, dtype="fp16", scale=9000.0), torch.full((64,), 20.0, dtype=torch.float16, device=DEVICE)
-    W, y = drawn(16, 64, dtype="fp16", scale=0.1), unwritten(2, 16, dtype="fp16")
-    launch(linear.linear(what), x, scale, W, y)
-    close(y, rms_norm.reference(x.double(), scale.double(), eps=1e-5) @ W.double().T, "fp16")
 
 
 def test_split_sums_repeat_bit_by_bit() -> None:
@@ -164,6 +161,81 @@ def test_split_sums_repeat_bit_by_bit() -> None:
     launch(kernel, x, W, first)
     launch(kernel, x, W, second)
     assert torch.equal(first, second)
+
+
+def turned_by(what: rotary.Rotary, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding in float64: x [tokens, heads, Dh]."""
+    tables = (table.double()[positions.long()][None, None] for table in (cos, sin))
+    rows = x.double().transpose(0, 1)[None]
+    found = rotary_op.reference(rows, *tables, rotary_dim=what.rotary_dim, interleaved=what.interleaved)
+    return found[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "splits"), [(1, 1), (1, 2), (4, 1), (4, 3)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("H", "G", "D", "rotary_dim", "parts"),
+    [
+        (4, 2, 32, 32, {}),
+        (3, 1, 20, 12, {"norm": "layer", "bias": True}),
+        (2, 1, 32, 32, {"norm": "rms", "head_norm_eps": 1e-4}),
+        (2, 2, 32, 16, {"norm": "rms", "bias": True, "head_norm_eps": 1e-4}),
+    ],
+    ids=str,
+)
+def test_projection_with_rotary_and_cache_write(
+    dtype: str,
+    tokens: int,
+    splits: int,
+    interleaved: bool,
+    H: int,
+    G: int,
+    D: int,
+    rotary_dim: int,
+    parts: dict[str, object],
+) -> None:
+    page, K = 4, 90
+    turning = rotary.Rotary(H, G, D, rotary_dim, page, interleaved, dtype=dtype)
+    N = (H + 2 * G) * D
+    what = linear.Linear(N, K, tokens=tokens, dtype=dtype, rotary=turning, norm_eps=1e-5, **parts)  # type: ignore[arg-type]
+    angles = torch.randn(9, rotary_dim // 2, device=DEVICE)
+    integers = {"dtype": torch.int32, "device": DEVICE}
+    tensors = {
+        "x": drawn(tokens, K, dtype=dtype, scale=3.0),
+        "weight": drawn(N, K, dtype=dtype, scale=K**-0.5),
+        "bias": drawn(N, dtype=dtype),
+        "q_norm_weight": drawn(D, dtype=dtype),
+        "k_norm_weight": drawn(D, dtype=dtype),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "positions": torch.tensor([5, 0, 8, 3][:tokens], **integers),
+        "slot_mapping": torch.tensor([13, -1, 20, 2][:tokens], **integers),
+        "k_cache": unwritten(7, page, G, D, dtype=dtype),
+        "v_cache": unwritten(7, page, G, D, dtype=dtype),
+        "y": unwritten(tokens, H * D, dtype=dtype),
+    }
+    tensors["column_sums"] = tensors["weight"].float().sum(1)
+    launch(linear.linear(what, linear.Tiling(16, 16, splits)), *(tensors[name] for name in what.tensors))
+    product = normed(tensors["x"].double(), what.norm, what.norm_eps) @ tensors["weight"].double().T
+    if what.bias:
+        product = product + tensors["bias"].double()
+    q, k, v = (x.unflatten(-1, (-1, D)) for x in product.split([H * D, G * D, G * D], -1))
+    if what.head_norm_eps is not None:
+        q, k = (
+            normed(x, "rms", what.head_norm_eps) * tensors[f"{name}_norm_weight"].double()
+            for x, name in ((q, "q"), (k, "k"))
+        )
+    where = tensors["cos"], tensors["sin"], tensors["positions"]
+    close(tensors["y"], turned_by(turning, q, *where).flatten(1), dtype)
+    keys = turned_by(turning, k, *where)
+    slots = tensors["slot_mapping"].tolist()
+    for cached, rows in ((tensors["k_cache"], keys), (tensors["v_cache"], v)):
+        for token, slot in enumerate(slots):
+            if slot >= 0:
+                close(cached.flatten(0, 1)[slot], rows[token], dtype)
+        others = [i for i in range(7 * page) if i not in slots]
+        assert cached.flatten(0, 1)[others].isnan().all()  # nothing else was touched
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,13 +260,8 @@ def test_rotary_cache_write(
     where = [sequences, table] if by_block_table else [slots]
     launch(rotary.rotary_cache_write(what), q, k, v, cos, sin, positions, *where, turned, k_cache, v_cache)
 
-    def reference(x: Tensor, heads: int) -> Tensor:
-        by_head = x.double().reshape(tokens, heads, D).transpose(0, 1)[None]
-        tables = (t.double()[positions.long()][None, None] for t in (cos, sin))
-        return rotary_op.reference(by_head, *tables, rotary_dim=rotary_dim, interleaved=interleaved)[0].transpose(0, 1)
-
-    close(turned, reference(q, H), dtype)
-    keys = reference(k, G)
+    close(turned, turned_by(what, q.reshape(tokens, H, D), cos, sin, positions), dtype)
+    keys = turned_by(what, k.reshape(tokens, G, D), cos, sin, positions)
     written = torch.zeros(7 * page, dtype=torch.bool, device=DEVICE)
     for token in (0, 2):
         slot = int(slots[token])
@@ -207,6 +274,10 @@ def test_rotary_cache_write(
 
 def slopes_of(H: int) -> Tensor:
     return torch.tensor([2.0 ** -(1 + h / 2) for h in range(H)], dtype=torch.float32, device=DEVICE)
+
+
+def sinks_of(H: int) -> Tensor:
+    return torch.linspace(-2.0, 5.0, H, device=DEVICE)
 
 
 def attended(what: paged.Attention, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -223,6 +294,11 @@ def attended(what: paged.Attention, q: Tensor, keys: Tensor, values: Tensor) -> 
     rows = [x.double().transpose(0, 1)[None] for x in (q, keys, values)]
     heads = (what.heads, what.kv_heads)
     y = attention.reference(*rows, bias[None], heads=heads, scale=what.scale, softcap=what.softcap)
+    if what.sinks:  # one more key of score sink and value 0: the others share what it leaves
+        k = rows[1].repeat_interleave(what.group, 1)
+        scores = (rows[0] @ k.transpose(-1, -2) * what.scale + bias)[0]
+        sink = sinks_of(what.heads).double()[:, None, None].expand(-1, S, 1)
+        y = y * (1.0 - torch.cat([scores, sink], -1).softmax(-1)[..., -1:])[None]
     return y[0].transpose(0, 1)
 
 
@@ -247,7 +323,15 @@ class Cache:
                 self.v[page, : here.stop - here.start] = values[here]
 
 
-EXTRAS = [{}, {"window": 7}, {"softcap": 2.0}, {"alibi": True}, {"window": 20, "softcap": 3.0, "alibi": True}]
+EXTRAS = [
+    {},
+    {"window": 7},
+    {"softcap": 2.0},
+    {"alibi": True},
+    {"sinks": True},
+    {"sinks": True, "window": 9},
+    {"window": 20, "softcap": 3.0, "alibi": True},
+]
 HEADS = [(2, 2, 64), (6, 2, 80), (5, 1, 128), (18, 1, 64), (2, 1, 256)]
 
 
@@ -263,14 +347,14 @@ def attention_of(dtype: str, heads: tuple[int, int, int], page: int, extras: dic
 def test_paged_decode(dtype: str, splits: int, heads: tuple[int, int, int], extras: dict[str, object]) -> None:
     what = attention_of(dtype, heads, 16, extras)
     cached = Cache(what, [1, 0, 16, 77])
-    q, slopes = drawn(4, what.heads, what.head_dim, dtype=dtype, scale=2.0), slopes_of(what.heads)
+    q = drawn(4, what.heads, what.head_dim, dtype=dtype, scale=2.0)
+    more = [slopes_of(what.heads)] * what.alibi + [sinks_of(what.heads)] * what.sinks
     kernel = paged.decode(what, splits=splits, BLOCK_T=16 if splits > 1 else 32)
-    for _ in range(2):  # the second launch finds the scratch of the first
-        y = unwritten(4, what.heads, what.head_dim, dtype=dtype)
-        launch(kernel, q, cached.k, cached.v, cached.table, cached.lengths, *[slopes] * what.alibi, y)
-        assert (y[1] == 0).all()
-        for row in (0, 2, 3):
-            close(y[row], attended(what, q[row : row + 1], *cached.sequences[row])[0], dtype)
+    y = unwritten(4, what.heads, what.head_dim, dtype=dtype)
+    launch(kernel, q, cached.k, cached.v, cached.table, cached.lengths, *more, y, sequences=4)
+    assert (y[1] == 0).all()
+    for row in (0, 2, 3):
+        close(y[row], attended(what, q[row : row + 1], *cached.sequences[row])[0], dtype)
 
 
 @pytest.mark.parametrize(
@@ -283,10 +367,11 @@ def test_paged_prefill(dtype: str, heads: tuple[int, int, int], extras: dict[str
     queries, lengths = [13, 19, 0, 1], [13, 49, 5, 24]
     cached = Cache(what, lengths)
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    q, slopes = drawn(sum(queries), what.heads, what.head_dim, dtype=dtype, scale=2.0), slopes_of(what.heads)
+    q = drawn(sum(queries), what.heads, what.head_dim, dtype=dtype, scale=2.0)
+    more = [slopes_of(what.heads)] * what.alibi + [sinks_of(what.heads)] * what.sinks
     y = unwritten(*q.shape, dtype=dtype)
     kernel = paged.prefill(what, BLOCK_M=16, BLOCK_T=16)
-    given = [q, cached.k, cached.v, cached.table, cached.lengths, starts, max(queries), *[slopes] * what.alibi, y]
+    given = [q, cached.k, cached.v, cached.table, cached.lengths, starts, max(queries), *more, y]
     launch(kernel, *given)
     for row, (keys, values) in enumerate(cached.sequences):
         here = slice(int(starts[row]), int(starts[row + 1]))
@@ -305,6 +390,13 @@ def test_what_a_family_does_not_have_is_refused() -> None:
         paged.decode(paged.Attention(6, 4, 64, 1.0))
     with pytest.raises(UsageError, match="even"):
         rotary.rotary_cache_write(rotary.Rotary(2, 2, 64, 7))
+    turning = rotary.Rotary(2, 1, 48, 48)
+    with pytest.raises(UsageError, match="192 rows of W, not 200"):
+        linear.linear(linear.Linear(200, 8, rotary=turning))
+    with pytest.raises(UsageError, match="power of two, not 48"):
+        linear.linear(linear.Linear(192, 8, rotary=turning, head_norm_eps=1e-5))
+    with pytest.raises(UsageError, match="positive"):
+        paged.decode(paged.Attention(4, 4, 64, 0.0))
 
 
 def test_a_kernel_is_written_once_and_whole(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

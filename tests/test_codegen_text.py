@@ -19,14 +19,17 @@ def kernels() -> dict[str, Kernel]:
     """One of every family, small enough to read."""
     attend = attention.Attention(32, 8, 128, 0.08838834764831845, 16)
     extras = attention.Attention(8, 4, 80, 0.1118, 64, window=4096, softcap=50.0, alibi=True)
-    gate_up = linear.Linear(22016, 4096, norm_eps=1e-5, activation="silu")
+    gate_up = linear.Linear(22016, 4096, norm="rms", norm_eps=1e-5, activation="silu")
+    turning = rotary.Rotary(32, 8, 128, 128)
+    qkv = linear.Linear(6144, 4096, norm="rms", norm_eps=1e-6, rotary=turning, head_norm_eps=1e-6)
     return {
         "skip_rms_norm": rowwise.norm("rms", 4096, eps=1e-5, skip=True),
         "layer_norm": rowwise.norm("layer", 2560, eps=1e-12, bias=True),
         "gate": rowwise.gate(11008, activation="silu"),
         "linear_norm_gate_up": linear.linear(gate_up),
+        "linear_norm_qkv_rotary": linear.linear(qkv),
         "linear_residual_parts": linear.linear(linear.Linear(4096, 4096, tokens=16, residual=True)),
-        "rotary_cache_write": rotary.rotary_cache_write(rotary.Rotary(32, 8, 128, 128)),
+        "rotary_cache_write": rotary.rotary_cache_write(turning),
         "paged_decode_parts": attention.decode(attend, splits=8),
         "paged_prefill_extras": attention.prefill(extras),
     }

@@ -23,7 +23,11 @@ def kernel(
     up_stride,
     F: tl.constexpr = 11008,
     BLOCK: tl.constexpr = 1024,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F
@@ -32,8 +36,13 @@ def kernel(
     tl.store(y + row * F + columns, activation(g) * u, mask=inside)
 
 
-def launch(gate, up, y):
+OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
+
+
+def launch(gate, up, y, pdl=False):
     """Fills y [rows, F]; the rows of gate and up may be strided."""
     rows = y.shape[0]
     if rows:
-        kernel[(rows, 11)](gate, up, y, gate.stride(0), up.stride(0), num_warps=4, num_stages=1)
+        kernel[(rows, 11)](
+            gate, up, y, gate.stride(0), up.stride(0), num_warps=4, num_stages=1, **(OVERLAPPED if pdl else {})
+        )

@@ -17,7 +17,11 @@ def kernel(
     D: tl.constexpr = 2560,
     EPS: tl.constexpr = 1e-12,
     BLOCK: tl.constexpr = 4096,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     start = tl.program_id(0).to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -30,8 +34,11 @@ def kernel(
     tl.store(y + start + columns, row, mask=inside)
 
 
-def launch(x, weight, bias, y):
+OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
+
+
+def launch(x, weight, bias, y, pdl=False):
     """Fills y; rows are contiguous."""
     rows = x.numel() // 2560
     if rows:
-        kernel[(rows,)](x, weight, bias, y, num_warps=8, num_stages=1)
+        kernel[(rows,)](x, weight, bias, y, num_warps=8, num_stages=1, **(OVERLAPPED if pdl else {}))

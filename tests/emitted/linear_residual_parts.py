@@ -6,7 +6,6 @@ The last of a block's parts to arrive adds them all, in their order, so results 
 Products by tensor cores, sums in float32, rounded once.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -27,7 +26,10 @@ def kernel(
     BLOCK_M: tl.constexpr = 16,
     SPLITS: tl.constexpr = 6,
     PART: tl.constexpr = 768,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     m_inside = m < tokens
@@ -36,23 +38,26 @@ def kernel(
     out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     begin = tl.program_id(1) * PART
     end = tl.minimum(begin + PART, K)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for step in range(begin, end, BLOCK_K):
         k = step + tl.arange(0, BLOCK_K)
         k_inside = k < end
         out_tile = tl.load(
             out_rows[:, None] + k[None, :], mask=k_inside[None, :], other=0.0, eviction_policy="evict_first"
         )
-        a = tl.load(
+        tokens_tile = tl.load(
             x + m[None, :] * K + k[:, None],
             mask=m_inside[None, :] & k_inside[:, None],
             other=0.0,
             eviction_policy="evict_last",
         )
-        out = tl.dot(out_tile, a, out)
+        out = tl.dot(out_tile, tokens_tile, out)
     # Every part leaves its sums; the last to arrive adds them in order.
     inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
-    block = partial + tl.program_id(0).to(tl.int64) * (SPLITS * 1 * BLOCK_N * BLOCK_M)
-    tl.store(block + (tl.program_id(1) * 1 + 0) * BLOCK_N * BLOCK_M + inner, out)
+    block = partial + tl.program_id(0).to(tl.int64) * (SPLITS * (1 * BLOCK_N * BLOCK_M))
+    own = block + tl.program_id(1) * (1 * BLOCK_N * BLOCK_M)
+    tl.store(own + inner, out)
     tl.debug_barrier()  # the counter follows what all threads stored
     before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
     if before != SPLITS - 1:
@@ -61,23 +66,21 @@ def kernel(
     tl.store(arrived + tl.program_id(0), 0)  # ready for the next launch
     out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for part in range(SPLITS):
-        out += tl.load(block + (part * 1 + 0) * BLOCK_N * BLOCK_M + inner, cache_modifier=".cg")
+        other = block + part * (1 * BLOCK_N * BLOCK_M)
+        out += tl.load(other + inner, cache_modifier=".cg")
     # Epilogue.
     out += tl.load(residual + m[None, :] * N + n[:, None], mask=m_inside[None, :]).to(tl.float32)
     tl.store(y + m[None, :] * N + n[:, None], out, mask=m_inside[None, :])
 
 
-SCRATCH = {}  # by device: the parts' sums, and how many have arrived
+OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
 
 
-def launch(x, weight, residual, y):
-    """Fills y; all tensors are contiguous. Scratch is kept, so launches of a device must follow one another."""
+def launch(x, weight, residual, y, partial, arrived, pdl=False):
+    """Fills y; all tensors are contiguous."""
     tokens = x.numel() // 4096
     if not 0 < tokens <= 16:
         raise ValueError(f"this kernel takes 1 to 16 tokens, not {tokens}")
-    if x.device not in SCRATCH:
-        SCRATCH[x.device] = (
-            torch.empty(393216, dtype=torch.float32, device=x.device),
-            torch.zeros(64, dtype=torch.int32, device=x.device),
-        )
-    kernel[(64, 6)](x, weight, residual, y, *SCRATCH[x.device], tokens, num_warps=4, num_stages=4)
+    kernel[(64, 6)](
+        x, weight, residual, y, partial, arrived, tokens, num_warps=4, num_stages=4, **(OVERLAPPED if pdl else {})
+    )

@@ -6,7 +6,6 @@ The last part to arrive combines them all, in their order, so results repeat bit
 64 keys a step, pages of 16. Products by tensor cores, in float32.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -33,7 +32,14 @@ def kernel(
     SCALE: tl.constexpr = 0.12751743082459868,
     SPLITS: tl.constexpr = 8,
     BLOCK_P: tl.constexpr = 8,
+    BLOCK_R: tl.constexpr = 4,
+    CHUNK: tl.constexpr = 8,
+    SCRATCH: tl.constexpr = 4160,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sequence = tl.program_id(0) // G
     g = tl.program_id(0) % G
     # Rows: the query heads of one key head.
@@ -56,7 +62,22 @@ def kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = block_table + sequence.to(tl.int64) * table_stride
-    for step in range(start, last, BLOCK_T):
+    whole = start + tl.maximum(last - start, 0) // BLOCK_T * BLOCK_T
+    for step in range(start, whole, BLOCK_T):
+        t = step + tl.arange(0, BLOCK_T)
+        block = tl.load(table + t // PAGE).to(tl.int64)
+        slot = block * PAGE + t % PAGE
+        place = (slot * G + g)[:, None] * D + d[None, :]
+        keys = tl.load(k_cache + place)
+        values = tl.load(v_cache + place)
+        scores = tl.dot(queries_tile, tl.trans(keys))
+        above = tl.maximum(highest, tl.max(scores, 1) * SCALE)
+        weights = tl.exp2(scores * SCALE - above[:, None])
+        decay = tl.exp2(highest - above)
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None])
+        highest = above
+    for step in range(whole, last, BLOCK_T):
         t = step + tl.arange(0, BLOCK_T)
         t_inside = t < last
         block = tl.load(table + t // PAGE, mask=t_inside, other=0).to(tl.int64)
@@ -64,59 +85,59 @@ def kernel(
         place = (slot * G + g)[:, None] * D + d[None, :]
         keys = tl.load(k_cache + place, mask=t_inside[:, None], other=0.0)
         values = tl.load(v_cache + place, mask=t_inside[:, None], other=0.0)
-        scores = tl.dot(queries_tile, tl.trans(keys)) * SCALE
+        scores = tl.dot(queries_tile, tl.trans(keys))
         scores = tl.where(t_inside[None, :], scores, float("-inf"))
-        above = tl.maximum(highest, tl.max(scores, 1))
+        above = tl.maximum(highest, tl.max(scores, 1) * SCALE)
         safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key
-        weights = tl.exp2(scores - safe[:, None])
+        weights = tl.exp2(scores * SCALE - safe[:, None])
         decay = tl.exp2(highest - safe)
         total = total * decay + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None])
         highest = above
     # Every part leaves its sums; the last to arrive combines them in order.
-    scratch = partial + tl.program_id(0).to(tl.int64) * (SPLITS * BLOCK_M * (BLOCK_D + 2))
-    own = scratch + (tl.program_id(1) * BLOCK_M + m) * (BLOCK_D + 2)
-    tl.store(own[:, None] + d[None, :], acc, mask=row_inside[:, None])
-    tl.store(own + BLOCK_D, highest, mask=row_inside)
-    tl.store(own + BLOCK_D + 1, total, mask=row_inside)
+    sums = partial + tl.program_id(0).to(tl.int64) * SCRATCH
+    maxima = sums + SPLITS * GROUP * BLOCK_D
+    totals = maxima + SPLITS * GROUP
+    own = tl.program_id(1) * GROUP + m
+    tl.store(sums + own[:, None] * BLOCK_D + d[None, :], acc, mask=row_inside[:, None])
+    tl.store(maxima + own, highest, mask=row_inside)
+    tl.store(totals + own, total, mask=row_inside)
     tl.debug_barrier()  # the counter follows what all threads stored
     before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
     if before != SPLITS - 1:
         return
     tl.debug_barrier()
     tl.store(arrived + tl.program_id(0), 0)  # ready for the next launch
+    r = tl.arange(0, BLOCK_R)
     p = tl.arange(0, BLOCK_P)
-    all_parts = scratch + (p[None, :] * BLOCK_M + m[:, None]) * (BLOCK_D + 2)
-    part_inside = row_inside[:, None] & (p < SPLITS)[None, :]
-    maxima = tl.load(all_parts + BLOCK_D, mask=part_inside, other=float("-inf"), cache_modifier=".cg")
-    totals = tl.load(all_parts + BLOCK_D + 1, mask=part_inside, other=0.0, cache_modifier=".cg")
-    highest = tl.max(maxima, 1)
-    safe = tl.where(highest > float("-inf"), highest, 0.0)
-    total = tl.sum(totals * tl.exp2(maxima - safe[:, None]), 1)
-    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in range(SPLITS):
-        row = scratch + (part * BLOCK_M + m) * (BLOCK_D + 2)
-        top = tl.load(row + BLOCK_D, mask=row_inside, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(row[:, None] + d[None, :], mask=row_inside[:, None], other=0.0, cache_modifier=".cg")
-        result += sums * tl.exp2(top - safe)[:, None]
+    every = p[:, None] * GROUP + r[None, :]
+    part_inside = (p < SPLITS)[:, None] & (r < GROUP)[None, :]
+    tops = tl.load(maxima + every, mask=part_inside, other=float("-inf"), cache_modifier=".cg")
+    counts = tl.load(totals + every, mask=part_inside, other=0.0, cache_modifier=".cg")
+    highest = tl.max(tops, 0)
+    highest = tl.where(highest > float("-inf"), highest, 0.0)  # of a row that has seen no key
+    total = tl.sum(counts * tl.exp2(tops - highest[None, :]), 0)
+    result = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for first_part in range(0, SPLITS, CHUNK):
+        c = first_part + tl.arange(0, CHUNK)
+        some = c[:, None] * GROUP + r[None, :]
+        some_inside = (c < SPLITS)[:, None] & (r < GROUP)[None, :]
+        top = tl.load(maxima + some, mask=some_inside, other=float("-inf"), cache_modifier=".cg")
+        place = sums + some[:, :, None] * BLOCK_D + d[None, None, :]
+        parts = tl.load(place, mask=some_inside[:, :, None], other=0.0, cache_modifier=".cg")
+        result += tl.sum(parts * tl.exp2(top - highest[None, :])[:, :, None], 0)
     # A row that sees no key gives 0.
     result = result / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(y + rows[:, None] + d[None, :], result, mask=inside)
+    rows = (sequence.to(tl.int64) * H + g * GROUP + r) * D
+    tl.store(y + rows[:, None] + d[None, :], result, mask=(r < GROUP)[:, None])
 
 
-SCRATCH = {}  # by device: the parts' sums, and how many have arrived
+OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
 
 
-def launch(q, k_cache, v_cache, block_table, context_lens, y):
-    """Fills y; all tensors are contiguous. Scratch is kept, so launches of a device must follow one another."""
+def launch(q, k_cache, v_cache, block_table, context_lens, y, partial, arrived, pdl=False):
+    """Fills y; all tensors are contiguous."""
     sequences = context_lens.shape[0]
-    groups = sequences * 8
-    device = y.device
-    if device not in SCRATCH or SCRATCH[device][1].shape[0] < groups:
-        SCRATCH[device] = (
-            torch.empty(groups * 16640, dtype=torch.float32, device=device),
-            torch.zeros(groups, dtype=torch.int32, device=device),
-        )
     if sequences:
         kernel[(sequences * 8, 8)](
             q,
@@ -125,8 +146,10 @@ def launch(q, k_cache, v_cache, block_table, context_lens, y):
             block_table,
             context_lens,
             y,
-            *SCRATCH[device],
+            partial,
+            arrived,
             block_table.stride(0),
             num_warps=4,
             num_stages=3,
+            **(OVERLAPPED if pdl else {}),
         )

@@ -31,15 +31,20 @@ def kernel(
     SCALE: tl.constexpr = 0.1118,
     SOFTCAP: tl.constexpr = 50.0,
     WINDOW: tl.constexpr = 4096,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sequence = tl.program_id(2)
     g = tl.program_id(1)
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last ones see the most keys: they begin
     query_start = tl.load(query_starts + sequence)
     queries = tl.load(query_starts + sequence + 1) - query_start
-    if tl.program_id(0) * BLOCK_M >= queries * GROUP:
+    if tile >= queries * GROUP:
         return
     # Rows: queries, and within one the query heads of one key head.
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tile + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     query = m // GROUP
     head = g * GROUP + m % GROUP
@@ -47,9 +52,9 @@ def kernel(
     context = tl.load(context_lens + sequence)
     position = context - queries + query
     rows = ((query_start + query).to(tl.int64) * H + head) * D
-    last_query = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
+    last_query = tl.minimum((tile + BLOCK_M - 1) // GROUP, queries - 1)
     last = context - queries + last_query + 1
-    first = tl.maximum(context - queries + tl.program_id(0) * BLOCK_M // GROUP + 1 - WINDOW, 0)
+    first = tl.maximum(context - queries + tile // GROUP + 1 - WINDOW, 0)
     start = first // BLOCK_T * BLOCK_T
     inside = row_inside[:, None] & (d < D)[None, :]
     queries_tile = tl.load(q + rows[:, None] + d[None, :], mask=inside, other=0.0)
@@ -86,7 +91,10 @@ def kernel(
     tl.store(y + rows[:, None] + d[None, :], result, mask=inside)
 
 
-def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, slopes, y):
+OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
+
+
+def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, slopes, y, pdl=False):
     """Fills y; all tensors are contiguous."""
     sequences = context_lens.shape[0]
     if sequences and longest:
@@ -102,4 +110,5 @@ def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest
             block_table.stride(0),
             num_warps=4,
             num_stages=2,
+            **(OVERLAPPED if pdl else {}),
         )

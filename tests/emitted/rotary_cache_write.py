@@ -32,7 +32,11 @@ def kernel(
     BLOCK_H: tl.constexpr = 4,
     BLOCK_R: tl.constexpr = 64,
     BLOCK_D: tl.constexpr = 128,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token).to(tl.int64)
     r = tl.arange(0, BLOCK_R)
@@ -65,7 +69,10 @@ def kernel(
         tl.store(v_cache + slot * (G * D) + h * D + d, value, mask=whole)
 
 
-def launch(q, k, v, cos, sin, positions, slot_mapping, turned, k_cache, v_cache):
+OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
+
+
+def launch(q, k, v, cos, sin, positions, slot_mapping, turned, k_cache, v_cache, pdl=False):
     """Fills turned and the slots of the caches; the rows of q, k and v may be strided."""
     tokens = positions.shape[0]
     if tokens:
@@ -85,4 +92,5 @@ def launch(q, k, v, cos, sin, positions, slot_mapping, turned, k_cache, v_cache)
             v.stride(0),
             num_warps=2,
             num_stages=1,
+            **(OVERLAPPED if pdl else {}),
         )

@@ -18,7 +18,11 @@ def kernel(
     D: tl.constexpr = 4096,
     EPS: tl.constexpr = 1e-05,
     BLOCK: tl.constexpr = 4096,
+    PDL: tl.constexpr = False,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     start = tl.program_id(0).to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     row = tl.load(x + start + columns).to(tl.float32)
@@ -31,8 +35,11 @@ def kernel(
     tl.store(y + start + columns, row)
 
 
-def launch(x, skip, weight, y, total):
+OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
+
+
+def launch(x, skip, weight, y, total, pdl=False):
     """Fills y and total; rows are contiguous."""
     rows = x.numel() // 4096
     if rows:
-        kernel[(rows,)](x, skip, weight, y, total, num_warps=8, num_stages=1)
+        kernel[(rows,)](x, skip, weight, y, total, num_warps=8, num_stages=1, **(OVERLAPPED if pdl else {}))
