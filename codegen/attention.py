@@ -144,6 +144,7 @@ class _Composition:
             e.constant(SOFTCAP=what.softcap)
         if what.window:
             e.constant(WINDOW=what.window)
+        e.constant(WIDE=False)
         if self.parts:
             assert splits is not None
             BLOCK_D, BLOCK_R = max(power_of_two(what.head_dim), 16), power_of_two(what.group)
@@ -274,13 +275,13 @@ class _Composition:
             if masked:
                 e.add("t_inside = t < last")
             if self.whole_pages:
-                e.add(
-                    "block = tl.load(table + step // PAGE).to(tl.int64)",
-                    "slot = block * PAGE + step % PAGE + tl.arange(0, BLOCK_T)",
-                )
+                look_up, offset = "table + step // PAGE", "step % PAGE + tl.arange(0, BLOCK_T)"
             else:
-                look_up = "table + t // PAGE" + (", mask=t_inside, other=0" if masked else "")
-                e.add(f"block = tl.load({look_up}).to(tl.int64)", "slot = block * PAGE + t % PAGE")
+                look_up, offset = "table + t // PAGE" + (", mask=t_inside, other=0" if masked else ""), "t % PAGE"
+            e.add(
+                f"block = tl.load({look_up})",
+                f"slot = (block.to(tl.int64) if WIDE else block) * PAGE + {offset}",
+            )
             e.add(
                 "place = (slot * G + g)[:, None] * D + d[None, :]",
                 f"keys = tl.load(k_cache + place{mask})",
@@ -372,7 +373,7 @@ class _Composition:
             parameters += ["partial", "arrived"]
             arguments += ["partial", "arrived"]
             e.workspace = (what.kv_heads * int(str(e.constants["SCRATCH"])), what.kv_heads)
-        arguments += ["block_table.stride(0)"]
+        arguments += ["block_table.stride(0)", "WIDE=k_cache.numel() >= 2**31"]
         if self.splits is None:
             rows = f"triton.cdiv(longest * {what.group!r}, {e.constants['BLOCK_M']!r})"
             runs, grid = "sequences and longest", f"({rows}, {what.kv_heads!r}, sequences)"
