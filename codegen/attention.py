@@ -40,7 +40,7 @@ class Attention:
 
 
 def decode(
-    what: Attention, *, splits: int = 1, BLOCK_T: int | None = None, num_warps: int | None = None, num_stages: int = 3
+    what: Attention, *, splits: int = 1, BLOCK_T: int | None = None, num_warps: int | None = None, num_stages: int = 8
 ) -> Kernel:
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
@@ -53,8 +53,17 @@ def decode(
     """
     BLOCK_M = max(power_of_two(what.group), 16)
     many = BLOCK_M >= 64  # rows, whose sums and scores must fit the registers
-    BLOCK_T = BLOCK_T or (32 if many or what.head_dim > 128 else 64)
-    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps or (8 if many else 4), num_stages).kernel()
+    BLOCK_T = BLOCK_T or (32 if many else 16)
+    num_warps = num_warps or (8 if many else 2 if what.head_dim > 128 else 1)
+    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
+
+
+def default_splits(what: Attention, sequences: int, tokens: int) -> int:
+    """Parts of the keys that are good without a search: some 300 programs, each of 64 keys or more.
+
+    `tokens`: about how many keys a sequence has.
+    """
+    return max(1, min(300 // max(sequences * what.kv_heads, 1), tokens // 64))
 
 
 def prefill(

@@ -57,17 +57,15 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
     for heads, kv_heads, D in ((32, 32, 128), (32, 8, 128), (71, 1, 64), (32, 32, 80), (16, 8, 256)):
         for page in (16, 64):
             what = attention.Attention(heads, kv_heads, D, D**-0.5, page)
-            stages = 3 if D <= 128 else 2
             for splits in (1, 8):
-                kernel = attention.decode(what, splits=splits, num_stages=stages)
-                yield f"decode {heads}/{kv_heads} {D} page {page} parts {splits}", kernel
+                yield f"decode {heads}/{kv_heads} {D} page {page} parts {splits}", attention.decode(what, splits=splits)
             kernel = attention.prefill(what)
             yield f"prefill {heads}/{kv_heads} {D} page {page}", kernel
     capped = attention.Attention(16, 8, 256, 0.0625, 16, window=4096, softcap=50.0, alibi=True)
     sunk = attention.Attention(64, 8, 64, 0.125, 16, window=128, sinks=True)
     yield "decode window sinks", attention.decode(sunk, splits=4)
     yield "prefill window sinks", attention.prefill(sunk)
-    yield "decode window softcap alibi", attention.decode(capped, splits=4, num_stages=2)
+    yield "decode window softcap alibi", attention.decode(capped, splits=4)
     yield "prefill window softcap alibi", attention.prefill(capped)
     for interleaved in (False, True):
         for by_table in (False, True):

@@ -3,7 +3,7 @@
 Grid: (sequences x key heads, 8 parts of the keys).
 One program takes 4 query heads of one sequence through one part of its keys.
 The last part to arrive combines them all, in their order, so results repeat bit by bit.
-64 keys a step, pages of 16. Products by tensor cores, in float32.
+16 keys a step, pages of 16. Products by tensor cores, in float32.
 """
 
 import triton
@@ -27,9 +27,10 @@ def kernel(
     D: tl.constexpr = 128,
     PAGE: tl.constexpr = 16,
     BLOCK_M: tl.constexpr = 16,
-    BLOCK_T: tl.constexpr = 64,
+    BLOCK_T: tl.constexpr = 16,
     BLOCK_D: tl.constexpr = 128,
     SCALE: tl.constexpr = 0.12751743082459868,
+    WIDE: tl.constexpr = False,
     SPLITS: tl.constexpr = 8,
     BLOCK_P: tl.constexpr = 8,
     BLOCK_R: tl.constexpr = 4,
@@ -65,8 +66,8 @@ def kernel(
     whole = start + tl.maximum(last - start, 0) // BLOCK_T * BLOCK_T
     for step in range(start, whole, BLOCK_T):
         t = step + tl.arange(0, BLOCK_T)
-        block = tl.load(table + t // PAGE).to(tl.int64)
-        slot = block * PAGE + t % PAGE
+        block = tl.load(table + step // PAGE)
+        slot = (block.to(tl.int64) if WIDE else block) * PAGE + step % PAGE + tl.arange(0, BLOCK_T)
         place = (slot * G + g)[:, None] * D + d[None, :]
         keys = tl.load(k_cache + place)
         values = tl.load(v_cache + place)
@@ -80,8 +81,8 @@ def kernel(
     for step in range(whole, last, BLOCK_T):
         t = step + tl.arange(0, BLOCK_T)
         t_inside = t < last
-        block = tl.load(table + t // PAGE, mask=t_inside, other=0).to(tl.int64)
-        slot = block * PAGE + t % PAGE
+        block = tl.load(table + step // PAGE)
+        slot = (block.to(tl.int64) if WIDE else block) * PAGE + step % PAGE + tl.arange(0, BLOCK_T)
         place = (slot * G + g)[:, None] * D + d[None, :]
         keys = tl.load(k_cache + place, mask=t_inside[:, None], other=0.0)
         values = tl.load(v_cache + place, mask=t_inside[:, None], other=0.0)
@@ -149,7 +150,8 @@ def launch(q, k_cache, v_cache, block_table, context_lens, y, partial, arrived, 
             partial,
             arrived,
             block_table.stride(0),
-            num_warps=4,
-            num_stages=3,
+            WIDE=k_cache.numel() >= 2**31,
+            num_warps=1,
+            num_stages=8,
             **(OVERLAPPED if pdl else {}),
         )

@@ -31,6 +31,7 @@ def kernel(
     SCALE: tl.constexpr = 0.1118,
     SOFTCAP: tl.constexpr = 50.0,
     WINDOW: tl.constexpr = 4096,
+    WIDE: tl.constexpr = False,
     PDL: tl.constexpr = False,
 ):
     if PDL:
@@ -66,8 +67,8 @@ def kernel(
     for step in range(start, last, BLOCK_T):
         t = step + tl.arange(0, BLOCK_T)
         t_inside = t < last
-        block = tl.load(table + step // PAGE).to(tl.int64)
-        slot = block * PAGE + step % PAGE + tl.arange(0, BLOCK_T)
+        block = tl.load(table + step // PAGE)
+        slot = (block.to(tl.int64) if WIDE else block) * PAGE + step % PAGE + tl.arange(0, BLOCK_T)
         place = (slot * G + g)[:, None] * D + d[None, :]
         keys = tl.load(k_cache + place, mask=t_inside[:, None] & (d < D)[None, :], other=0.0)
         values = tl.load(v_cache + place, mask=t_inside[:, None] & (d < D)[None, :], other=0.0)
@@ -108,6 +109,7 @@ def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest
             slopes,
             y,
             block_table.stride(0),
+            WIDE=k_cache.numel() >= 2**31,
             num_warps=4,
             num_stages=2,
             **(OVERLAPPED if pdl else {}),
