@@ -34,10 +34,10 @@ class Linear:
     and bias: norm(x) * scale + shift before W is norm(x) before W * scale, with W shift added to the bias. Of a
     layer norm the kernel takes `column_sums` [N] float32, the sums of W over K.
 
-    With `activation`, W holds gate and up side by side and y = activation(gate) * up, [M, N / 2]. With `residual`,
-    y += residual, [M, width of y]. With `rotary`, rows of W are those of the heads of q, k and v, in this order: y
-    [M, H Dh] holds the queries, turned, and keys and values go to their slots of the cache; before they turn,
-    each head of q and k has its RMSNorm if `head_norm_eps` is given, with a weight [Dh] each.
+    With `activation` y = activation(y), or, if `gated`, W holds gate and up side by side and y = activation(gate) * up,
+    [M, N / 2]. With `residual`, y += residual, [M, width of y]. With `rotary`, rows of W are those of the heads of q, k and
+    v, in this order: y [M, H Dh] holds the queries, turned, and keys and values go to their slots of the cache; before
+    they turn, each head of q and k has its RMSNorm if `head_norm_eps` is given, with a weight [Dh] each.
     """
 
     N: int
@@ -49,6 +49,7 @@ class Linear:
     norm_eps: float = 0.0
     bias: bool = False
     activation: str | None = None
+    gated: bool = True
     residual: bool = False
     rotary: Rotary | None = None
     head_norm_eps: float | None = None
@@ -58,7 +59,12 @@ class Linear:
         """The width of y."""
         if self.rotary is not None:
             return self.rotary.heads * self.rotary.head_dim
-        return self.N // 2 if self.activation else self.N
+        return self.N // 2 if self.pairs else self.N
+
+    @property
+    def pairs(self) -> bool:
+        """Whether W holds gate and up."""
+        return self.activation is not None and self.gated
 
     @property
     def tensors(self) -> list[str]:
@@ -67,7 +73,8 @@ class Linear:
         names += ["bias"] * self.bias + ["residual"] * self.residual
         if self.rotary is not None:
             names += ["q_norm_weight", "k_norm_weight"] * (self.head_norm_eps is not None)
-            names += ["cos", "sin", "positions", "slot_mapping", "k_cache", "v_cache"]
+            names += ["cos", "sin", "positions"] * (self.rotary.rotary_dim > 0)
+            names += ["slot_mapping", "k_cache", "v_cache"]
         return [*names, "y"]
 
 
@@ -84,7 +91,7 @@ def linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
         raise UsageError(f"codegen: a linear of few tokens takes 1 to {MOST_TOKENS}, not {what.tokens}")
     if what.norm not in (None, "rms", "layer"):
         raise UsageError(f"codegen: a norm is rms or layer, not {what.norm}")
-    if what.activation and what.N % 2:
+    if what.pairs and what.N % 2:
         raise UsageError(f"codegen: gate and up side by side have an even width, not {what.N}")
     if what.rotary is not None:
         _check_rotary(what, what.rotary, tiling)
@@ -113,7 +120,7 @@ def _check_rotary(what: Linear, rotary: Rotary, tiling: Tiling) -> None:
 
 def default_tiling(what: Linear) -> Tiling:
     """A tiling that is good without a search: whole rows of W by wide loads, K in parts where there are few rows."""
-    pairs = what.activation is not None or what.rotary is not None  # two rows of W for each of a program's columns
+    pairs = what.pairs or what.rotary is not None  # two rows of W for each of a program's columns
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
     if what.tokens == 1:
         BLOCK_K = min(power_of_two(what.K), 64 if what.by_input else 64 if whole_head else 2048)
@@ -154,7 +161,7 @@ class _Composition:
         self.what, self.tiling = what, tiling
         self.dot = what.tokens > 1
         self.rows = max(power_of_two(what.tokens), 16) if self.dot else 1
-        self.sides = ("gate", "up") if what.activation else ("a", "b") if what.rotary else ("out",)
+        self.sides = ("gate", "up") if what.pairs else ("a", "b") if what.rotary else ("out",)
         self.columns = _columns(what)
         self.ragged_n = self.columns % tiling.BLOCK_N != 0
         self.ragged_k = what.K % tiling.BLOCK_K != 0 or (what.K // tiling.BLOCK_K) % tiling.splits != 0
@@ -167,7 +174,9 @@ class _Composition:
     def _emitter(self) -> Emitter:
         what, tiling = self.what, self.tiling
         product = f"{f'{what.norm}_norm(x)' if what.norm else 'x'} W^T{' + bias' if what.bias else ''}"
-        value = f"{what.activation}(gate) * up, (gate, up) = {product}" if what.activation else product
+        value = f"{what.activation}({product})" if what.activation else product
+        if what.pairs:
+            value = f"{what.activation}(gate) * up, (gate, up) = {product}"
         shape = f"[{what.K}, {what.N}]" if what.by_input else f"[{what.N}, {what.K}]"
         result = "q, k, v" if what.rotary else "y"
         summary = (
@@ -227,7 +236,7 @@ class _Composition:
     @property
     def _row_names(self) -> list[str]:
         """The row of W of each side, by the column n of a program."""
-        if self.what.activation:
+        if self.what.pairs:
             return ["n", "(N + n)"]
         return ["a_row", "b_row"] if self.what.rotary else ["n"]
 
@@ -396,7 +405,7 @@ class _Composition:
             rotary_epilogue(e, what.rotary, what.head_norm_eps, dot=self.dot, ragged=self.ragged_n)
             return
         if what.activation:
-            e.add("out = activation(gate) * up")
+            e.add("out = activation(gate) * up" if what.pairs else "out = activation(out)")
         place = "m[None, :] * N + n[:, None]" if self.dot else "n"
         masks = [f"{n_mask}[:, None]"] * bool(n_mask) + ["m_inside[None, :]"] if self.dot else [n_mask] * bool(n_mask)
         masked = f", mask={' & '.join(masks)}" if masks else ""

@@ -10,8 +10,9 @@ from fuser.errors import UsageError
 class Rotary:
     """What a rotary cache-write kernel computes, for the tokens of a step, of any sequences.
 
-    The first `rotary_dim` channels of every head of q and k turn by the angles of the token's position; pairs are (i, i + R),
-    or (2i, 2i + 1) when interleaved. Keys and values go to the token's slot: given, or with `by_block_table` looked up.
+    The first `rotary_dim` channels (perhaps none) of every head of q and k turn by the angles of the token's position;
+    pairs are (i, i + R), or (2i, 2i + 1) when interleaved. Keys and values go to the token's slot: given, or with
+    `by_block_table` looked up.
     """
 
     heads: int
@@ -28,7 +29,8 @@ class Rotary:
     def tensors(self) -> list[str]:
         """The kernel's tensors, in the order of `launch`."""
         where = ["sequences", "block_table"] if self.by_block_table else ["slot_mapping"]
-        return ["q", "k", "v", "cos", "sin", "positions", *where, "turned", "k_cache", "v_cache"]
+        tables = ["cos", "sin"] * (self.rotary_dim > 0)
+        return ["q", "k", "v", *tables, "positions", *where, "turned", "k_cache", "v_cache"]
 
 
 def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) -> Kernel:
@@ -43,7 +45,7 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
         UsageError: heads, widths or dtypes that cannot be.
     """
     R = what.rotary_dim // 2
-    if what.rotary_dim % 2 or not 0 < what.rotary_dim <= what.head_dim:
+    if what.rotary_dim % 2 or not 0 <= what.rotary_dim <= what.head_dim:
         raise UsageError(f"codegen: rotary_dim is even and at most head_dim {what.head_dim}, not {what.rotary_dim}")
     if what.kv_heads < 1 or what.heads % what.kv_heads:
         raise UsageError(f"codegen: {what.heads} query heads do not share {what.kv_heads} key heads evenly")
@@ -76,10 +78,13 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     e.add(
         "token = tl.program_id(0).to(tl.int64)",
         "position = tl.load(positions + token).to(tl.int64)",
-        "r = tl.arange(0, BLOCK_R)",
-        "cosine = tl.load(cos + position * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]",
-        "sine = tl.load(sin + position * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]",
     )
+    if R:
+        e.add(
+            "r = tl.arange(0, BLOCK_R)",
+            "cosine = tl.load(cos + position * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]",
+            "sine = tl.load(sin + position * R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]",
+        )
     with e.block(f"if tl.program_id(1) < {q_blocks!r}:"):
         e.add("h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]")
         _turn(e, what, "q + token * q_stride", "turned + token * (H * D)", "H")
@@ -115,15 +120,16 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
 
 def _turn(e: Emitter, what: Rotary, source: str, target: str, heads: str) -> None:
     """Heads `h` of `source`, turned, to `target`; channels that do not turn are copied."""
-    e.add(
-        f"inside = (h < {heads}) & (r < R)[None, :]",
-        "first = h * D + " + ("2 * r[None, :]" if what.interleaved else "r[None, :]"),
-        "second = first + " + ("1" if what.interleaved else "R"),
-        f"a = tl.load({source} + first, mask=inside).to(tl.float32)",
-        f"b = tl.load({source} + second, mask=inside).to(tl.float32)",
-        f"tl.store({target} + first, a * cosine - b * sine, mask=inside)",
-        f"tl.store({target} + second, b * cosine + a * sine, mask=inside)",
-    )
+    if what.rotary_dim:
+        e.add(
+            f"inside = (h < {heads}) & (r < R)[None, :]",
+            "first = h * D + " + ("2 * r[None, :]" if what.interleaved else "r[None, :]"),
+            "second = first + " + ("1" if what.interleaved else "R"),
+            f"a = tl.load({source} + first, mask=inside).to(tl.float32)",
+            f"b = tl.load({source} + second, mask=inside).to(tl.float32)",
+            f"tl.store({target} + first, a * cosine - b * sine, mask=inside)",
+            f"tl.store({target} + second, b * cosine + a * sine, mask=inside)",
+        )
     if what.rotary_dim < what.head_dim:
         e.add(
             "rest = 2 * R + tl.arange(0, BLOCK_REST)[None, :]",
@@ -153,17 +159,27 @@ def rotary_epilogue(e: Emitter, rotary: Rotary, head_norm_eps: float | None, *, 
                 f"scale *= tl.load(k_norm_weight + {channel}, mask=is_key, other=1.0).to(tl.float32)",
                 f"{side} *= of_head * scale{column}",
             )
-    if dot:
-        e.add(
-            "position = tl.load(positions + m, mask=m_inside, other=0).to(tl.int64)",
-            "slot = tl.load(slot_mapping + m, mask=m_inside, other=-1).to(tl.int64)",
-        )
-    else:
-        e.add(
-            "m = tl.arange(0, 1)",
-            "position = tl.load(positions + m).to(tl.int64)",
-            "slot = tl.load(slot_mapping + m).to(tl.int64)",
-        )
+    if not dot:
+        e.add("m = tl.arange(0, 1)")
+    e.add(f"slot = tl.load(slot_mapping + m{', mask=m_inside, other=-1' if dot else ''}).to(tl.int64)")
+    turned_a, turned_b = "a", "b"
+    if rotary.rotary_dim:
+        turned_a, turned_b = _turned(e, rotary, dot=dot)
+    kept = f" & (slot >= 0){row}"
+    for target, first, mask, start in (
+        ("y", "", f"is_query{column}{' & m_inside[None, :]' if dot else ''}", f"m{row} * (H * D)"),
+        ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)"),
+        ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)"),
+    ):
+        for side, value in (("a", turned_a), ("b", turned_b)):
+            channel = f"({side}_row{first}){column}" if first and dot else f"{side}_row{column}{first}"
+            e.add(f"tl.store({target} + {start} + {channel}, {value}, mask={mask})")
+
+
+def _turned(e: Emitter, rotary: Rotary, *, dot: bool) -> tuple[str, str]:
+    """The pairs a and b of queries and keys turned by the angle of their token's position."""
+    row, column = ("[None, :]", "[:, None]") if dot else ("", "")
+    e.add(f"position = tl.load(positions + m{', mask=m_inside, other=0' if dot else ''}).to(tl.int64)")
     pairs = "is_query | is_key" if rotary.rotary_dim == rotary.head_dim else "(is_query | is_key) & (pair < R)"
     e.add(f"turns = ({pairs})[:, None] & m_inside[None, :]" if dot else f"turns = {pairs}")
     e.add(
@@ -173,12 +189,4 @@ def rotary_epilogue(e: Emitter, rotary: Rotary, head_norm_eps: float | None, *, 
         "turned_a = a * cosine - b * sine",
         "turned_b = b * cosine + a * sine",
     )
-    kept = f" & (slot >= 0){row}"
-    for target, first, mask, start in (
-        ("y", "", f"is_query{column}{' & m_inside[None, :]' if dot else ''}", f"m{row} * (H * D)"),
-        ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)"),
-        ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)"),
-    ):
-        for side in "ab":
-            channel = f"({side}_row{first}){column}" if first and dot else f"{side}_row{column}{first}"
-            e.add(f"tl.store({target} + {start} + {channel}, turned_{side}, mask={mask})")
+    return "turned_a", "turned_b"

@@ -115,7 +115,8 @@ def check_linear(what: linear.Linear, tiling: linear.Tiling | None, M: int) -> N
     if what.bias:
         expected = expected + tensors["bias"].double()
     if what.activation:
-        expected = gated_mlp.reference(*expected.chunk(2, -1), activation=what.activation)
+        gate, up = expected.chunk(2, -1) if what.gated else (expected, torch.ones_like(expected))
+        expected = gated_mlp.reference(gate, up, activation=what.activation)
     if what.residual:
         expected = expected + tensors["residual"].double()
     launch(linear.linear(what, tiling), *(tensors[name] for name in what.tensors))
@@ -134,6 +135,7 @@ def check_linear(what: linear.Linear, tiling: linear.Tiling | None, M: int) -> N
         {"norm": "rms", "norm_eps": 1e-5, "activation": "silu"},
         {"norm": "layer", "norm_eps": 1e-5, "residual": True, "bias": True},
         {"norm": "layer", "norm_eps": 1e-3, "activation": "gelu_tanh", "bias": True, "residual": True},
+        {"activation": "gelu", "gated": False, "bias": True},
     ],
     ids=lambda parts: "+".join(parts) or "plain",
 )
@@ -165,6 +167,8 @@ def test_split_sums_repeat_bit_by_bit() -> None:
 
 def turned_by(what: rotary.Rotary, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     """Rotary embedding in float64: x [tokens, heads, Dh]."""
+    if not what.rotary_dim:
+        return x.double()
     tables = (table.double()[positions.long()][None, None] for table in (cos, sin))
     rows = x.double().transpose(0, 1)[None]
     found = rotary_op.reference(rows, *tables, rotary_dim=what.rotary_dim, interleaved=what.interleaved)
@@ -181,6 +185,7 @@ def turned_by(what: rotary.Rotary, x: Tensor, cos: Tensor, sin: Tensor, position
         (3, 1, 20, 12, {"norm": "layer", "bias": True}),
         (2, 1, 32, 32, {"norm": "rms", "head_norm_eps": 1e-4}),
         (2, 2, 32, 16, {"norm": "rms", "bias": True, "head_norm_eps": 1e-4}),
+        (2, 1, 20, 0, {"norm": "layer", "bias": True}),
     ],
     ids=str,
 )
@@ -241,7 +246,7 @@ def test_projection_with_rotary_and_cache_write(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("by_block_table", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("H", "G", "D", "rotary_dim"), [(6, 2, 64, 64), (3, 3, 80, 32), (5, 1, 20, 12)])
+@pytest.mark.parametrize(("H", "G", "D", "rotary_dim"), [(6, 2, 64, 64), (3, 3, 80, 32), (5, 1, 20, 12), (2, 1, 20, 0)])
 def test_rotary_cache_write(
     dtype: str, by_block_table: bool, interleaved: bool, H: int, G: int, D: int, rotary_dim: int
 ) -> None:
@@ -258,7 +263,8 @@ def test_rotary_cache_write(
     turned = unwritten(tokens, H, D, dtype=dtype)
     k_cache, v_cache = unwritten(7, page, G, D, dtype=dtype), unwritten(7, page, G, D, dtype=dtype)
     where = [sequences, table] if by_block_table else [slots]
-    launch(rotary.rotary_cache_write(what), q, k, v, cos, sin, positions, *where, turned, k_cache, v_cache)
+    tables = [cos, sin] if rotary_dim else []
+    launch(rotary.rotary_cache_write(what), q, k, v, *tables, positions, *where, turned, k_cache, v_cache)
 
     close(turned, turned_by(what, q.reshape(tokens, H, D), cos, sin, positions), dtype)
     keys = turned_by(what, k.reshape(tokens, G, D), cos, sin, positions)

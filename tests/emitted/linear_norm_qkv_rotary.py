@@ -109,8 +109,8 @@ def kernel(
     scale *= tl.load(k_norm_weight + b_row - head * D, mask=is_key, other=1.0).to(tl.float32)
     b *= of_head * scale
     m = tl.arange(0, 1)
-    position = tl.load(positions + m).to(tl.int64)
     slot = tl.load(slot_mapping + m).to(tl.int64)
+    position = tl.load(positions + m).to(tl.int64)
     turns = is_query | is_key
     angle = position * R + pair
     cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)

@@ -1,0 +1,127 @@
+"""What a graph of few launches becomes: a program of steps over rows of tokens, and paged caches.
+
+A program takes the new tokens of any sequences, flattened to n rows, whose places the step inputs say:
+tokens, positions, slot_mapping [n] int32; block_table [sequences, blocks], context_lens [sequences] int32, the new tokens
+included; for more than one new token a sequence also query_starts [sequences + 1] int32 and `longest`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fuser.codegen.kernel import Kernel
+from fuser.constants import Constant
+from fuser.graph import Node, Origin
+
+INPUTS = ("tokens", "positions", "slot_mapping", "block_table", "context_lens", "query_starts", "longest")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is made once from the graph's constants, in the program's element type unless stated.
+
+    `linear`: `base` [K, N] as [N, K], times `scale` [K] if given, its rows arranged by `order` (pairs of first row and count).
+    `column_sums`: the sums over K of such a linear, float32. `bias`: `base` [N] (none: zeros), plus linear @ `shift`.
+    `vector`: as it is. `table`: the rows `start`, ... of `base`. `cos`, `sin`: of `base` [R] frequencies, times `factor`, for
+    every position, float32.
+    """
+
+    kind: Literal["linear", "column_sums", "bias", "vector", "table", "cos", "sin"]
+    base: Constant | None
+    scale: Constant | None = None
+    shift: Constant | None = None
+    linear: Constant | None = None
+    order: tuple[tuple[int, int], ...] = ()
+    start: int = 0
+    factor: float = 1.0
+
+    @property
+    def key(self) -> Any:
+        """What identifies the tensor: weights made alike from the same stored ones have equal keys."""
+        held = (self.base, self.scale, self.shift, self.linear)
+        return self.kind, *(c.key if c is not None else None for c in held), self.order, self.start, self.factor
+
+
+@dataclass(eq=False)
+class Rows:
+    """A tensor [n, width], a row for each token; rows of one `place` and width take each other's memory."""
+
+    width: int
+    place: int = -1
+    dtype: str = ""  # the program's unless stated
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of rows."""
+
+    rows: Rows
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Input:
+    """One of INPUTS."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class State:
+    """The keys and values of one layer, [pages, page, G, Dh] each; a layer with a window never looks further back."""
+
+    past: tuple[str, str]  # names of the graph's inputs
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The keys or the values of a state."""
+
+    state: State
+    which: Literal["k", "v"]
+
+
+Argument = Weight | Rows | Part | Input | Cached
+
+
+@dataclass(eq=False)
+class Step:
+    """One launch, or what torch computes: `kernel` a Triton kernel; `product` x, weight, [bias,] y; `nodes` of the graph.
+
+    `arguments` in the order of the kernel's launch (of nodes: their inputs, then their outputs).
+    """
+
+    kind: Literal["kernel", "product", "nodes"]
+    arguments: Sequence[Argument]
+    origin: Origin
+    kernel: Kernel | None = None
+    what: Any = None  # the family's description, of which the kernel was made
+    nodes: Sequence[Node] = ()
+    by_sequence: bool = False  # whether the kernel's workspace is for one sequence
+    reason: str = ""  # why no kernel computes the nodes
+
+
+@dataclass(eq=False)
+class Program:
+    """Steps in order; `outputs` are rows, by the names of the graph's outputs."""
+
+    dtype: str
+    tokens: int  # at most
+    page: int
+    steps: list[Step] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    outputs: dict[str, Rows | Part] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Each kernel once, in the order of its first launch."""
+        found = {step.kernel.text: step.kernel for step in self.steps if step.kernel is not None}
+        return list(found.values())
