@@ -95,7 +95,11 @@ def plan(graph: Graph, regime: Regime = "decode") -> list[Launch]:
 
     What depends on sizes alone (`Dims`) is no launch: it is computed on the host.
     """
-    graph = _split(graph)
+    return grouped(split(graph), regime)
+
+
+def grouped(graph: Graph, regime: Regime) -> list[Launch]:
+    """The launches of a graph whose norms have been split from their residual adds."""
     launches: list[Launch] = []
     owner: dict[Node, Launch] = {}
 
@@ -121,7 +125,7 @@ def plan(graph: Graph, regime: Regime = "decode") -> list[Launch]:
     return launches
 
 
-def _split(graph: Graph) -> Graph:
+def split(graph: Graph) -> Graph:
     """A copy in which a norm with its residual add is two nodes: one goes with what follows, the other with what was before."""
     graph = graph.clone()
     for node in list(graph.nodes):

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fuser.codegen.arrangement import Tokens
 from fuser.codegen.kernel import Kernel
 from fuser.constants import Constant
+from fuser.dims import Dim
 from fuser.graph import Node, Origin
 
 INPUTS = ("tokens", "positions", "slot_mapping", "block_table", "context_lens", "query_starts", "longest")
@@ -20,10 +22,9 @@ INPUTS = ("tokens", "positions", "slot_mapping", "block_table", "context_lens", 
 class Weight:
     """A tensor that is made once from the graph's constants, in the program's element type unless stated.
 
-    `linear`: `base` [K, N] as [N, K], times `scale` [K] if given, its rows arranged by `order` (pairs of first row and count).
-    `column_sums`: the sums over K of such a linear, float32. `bias`: `base` [N] (none: zeros), plus linear @ `shift`.
-    `vector`: as it is. `table`: the rows `start`, ... of `base`. `cos`, `sin`: of `base` [R] frequencies, times `factor`, for
-    every position, float32.
+    `linear`: `base` [K, N] as [N, K], its columns times `scale` [K]. `column_sums`: the sums over K of such a linear, float32.
+    `bias`: `base` [N] (none: zeros), plus `shift` [K] @ `linear` [K, N]. `vector`: as it is. `table`: the rows `start`, ... of
+    `base`. `cos`, `sin`: of positions `start`, ... times `base` [R] frequencies, times `factor`, float32.
     """
 
     kind: Literal["linear", "column_sums", "bias", "vector", "table", "cos", "sin"]
@@ -31,7 +32,6 @@ class Weight:
     scale: Constant | None = None
     shift: Constant | None = None
     linear: Constant | None = None
-    order: tuple[tuple[int, int], ...] = ()
     start: int = 0
     factor: float = 1.0
 
@@ -39,7 +39,7 @@ class Weight:
     def key(self) -> Any:
         """What identifies the tensor: weights made alike from the same stored ones have equal keys."""
         held = (self.base, self.scale, self.shift, self.linear)
-        return self.kind, *(c.key if c is not None else None for c in held), self.order, self.start, self.factor
+        return self.kind, *(c.key if c is not None else None for c in held), self.start, self.factor
 
 
 @dataclass(eq=False)
@@ -107,6 +107,7 @@ class Step:
     nodes: Sequence[Node] = ()
     by_sequence: bool = False  # whether the kernel's workspace is for one sequence
     reason: str = ""  # why no kernel computes the nodes
+    flops: Dim = 0
 
 
 @dataclass(eq=False)
@@ -116,6 +117,7 @@ class Program:
     dtype: str
     tokens: int  # at most
     page: int
+    dims: Tokens
     steps: list[Step] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     outputs: dict[str, Rows | Part] = field(default_factory=dict)

@@ -1,0 +1,445 @@
+"""From the plan of a fused graph to a program: every launch a kernel, bound to weights, rows of tokens and paged caches.
+
+A launch is read into its family's description; what the family does not have follows as a kernel or an operator of its own.
+Outside attention and the cache a graph must be token-wise: each token's row is computed from its row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fuser import dims
+from fuser.codegen import attention as paged
+from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
+from fuser.codegen.attention import Attention
+from fuser.codegen.compose_linear import Product, folds, product_of
+from fuser.codegen.kernel import ACTIVATIONS, Kernel
+from fuser.codegen.linear import MOST_TOKENS, Linear, linear
+from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
+from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
+from fuser.codegen.rotary import Rotary, rotary_cache_write
+from fuser.codegen.rowwise import gate, norm
+from fuser.constants import Constant
+from fuser.errors import UnsupportedOperator, UsageError
+from fuser.graph import FUSER, Graph, Node, Origin, Value
+from fuser.verification import roles
+
+CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
+INDEPENDENT = ELEMENTWISE | {
+    "Softmax",
+    "Pow",
+    "Reciprocal",
+    "Concat",
+    "Slice",
+    "Split",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+}
+
+
+def compose(graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bool | None = None) -> Program:
+    """The program of a fused decoder for at most `tokens` new tokens.
+
+    With `decode`, by default where there are at most 64, every sequence has one new token; without, each has any number.
+
+    Raises:
+        UnsupportedOperator: a node is not token-wise, or what it reads of the past is not what pages hold.
+    """
+    decode = tokens <= MOST_TOKENS if decode is None else decode
+    if tokens < 1 or (decode and tokens > MOST_TOKENS):
+        raise UsageError(f"codegen: a decode step takes 1 to {MOST_TOKENS} tokens, not {tokens}")
+    return _Composer(graph, dtype, tokens, page, decode).program()
+
+
+class _Composer:
+    """One program being composed; `places` are where the values are that steps have made."""
+
+    def __init__(self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool) -> None:
+        graph = split(graph)
+        self.launches = grouped(graph, "decode")
+        self.decode = decode
+        nodes = [node for launch in self.launches for node in launch.nodes]
+        self.inputs = {value: role.kind for value, role in zip(graph.inputs, roles(graph), strict=True)}
+        self.tokens = _tokens(self.inputs)
+        self.made = Program(dtype, tokens, page, self.tokens)
+        gathered = [node.inputs[0] for node in nodes if node.is_a("Gather")]
+        self.tables = {
+            id(leaf) for v in gathered if v is not None and v.constant is not None for leaf in v.constant.leaves()
+        }
+        self.places: dict[Value, Rows | Part] = {}
+        self.states: dict[Value, State] = {}  # by present keys and present values
+        self.normed: dict[tuple[Node, bool], Rows] = {}
+
+    def program(self) -> Program:
+        for launch in self.launches:
+            if launch.family == "linear":
+                self._linear(launch)
+            elif launch.family == "attention":
+                main, *others = launch.nodes
+                self._attention(main)
+                self._nodes(others)
+            elif launch.family != "positions":
+                self._nodes(launch.nodes)
+        outputs = [value for launch in self.launches for value in launch.outputs if value.is_output]
+        for value in outputs:
+            if value not in self.states:
+                self.made.outputs[value.name] = self._rows(value, value.producer)
+        _share(self.made)
+        return self.made
+
+    # Where values are
+
+    def _rows(self, value: Value | None, reader: Node | None) -> Rows | Part:
+        """Where the rows of a value are; views of rows are those rows."""
+        if value in self.places:
+            return self.places[value]
+        node = value.producer if value is not None else None
+        if node is not None and keeps_rows(node, self.tokens):
+            return self._rows(node.inputs[0], reader)
+        raise _refused(reader, f"'{value.name if value is not None else ''}' is no row for each token")
+
+    def _new(self, value: Value, node: Node) -> Rows:
+        found = arrangement(value, self.tokens)
+        if found is None:
+            raise _refused(node, f"'{value.name}' is not one row for each token")
+        self.places[value] = rows = Rows(found.width)
+        return rows
+
+    def _add(
+        self, kernel: Kernel, what: Any, arguments: Sequence[Argument], nodes: Sequence[Node], *, each: bool = False
+    ) -> None:
+        origin = Origin.union(node.origin for node in nodes)
+        self.made.steps.append(Step("kernel", arguments, origin, kernel, what, by_sequence=each))
+
+    # Products
+
+    def _linear(self, launch: Launch) -> None:
+        found = product_of(launch, self.tokens, few=self.decode)
+        node, before = found.main, found.norm
+        folded = before is not None and folds(before, found.weight, self.tables)
+        scale, shift = (_constant(before, i) if folded else None for i in (1, 2))
+        weight = Weight("linear", found.weight, scale)
+        bias = self._bias(found, weight, shift)
+        kind = None
+        if before is None:
+            x = self._rows(node.inputs[0], node)
+        elif folded and self.decode:
+            x, kind = self._rows(before.inputs[0], before), "rms" if before.op == "rms_norm" else "layer"
+        else:
+            x = self._norm(before, scaled=not folded)
+        tensors: dict[str, Argument] = {"x": x, "weight": weight}
+        if kind == "layer":
+            tensors["column_sums"] = Weight("column_sums", found.weight, scale)
+        if bias is not None:
+            tensors["bias"] = bias
+        if found.residual is not None:
+            tensors["residual"] = self._rows(found.residual, node)
+        if self.decode:
+            self._small(found, tensors, kind, before)
+        else:
+            tensors["y"] = self._results(found)
+            what = tuple(name for name in ("x", "weight", "bias", "residual", "y") if name in tensors)
+            self.made.steps.append(
+                Step("product", [tensors[name] for name in what], launch.origin, what=what, flops=launch.flops)
+            )
+        self._nodes(found.left)
+
+    def _small(self, found: Product, tensors: dict[str, Argument], kind: Any, before: Node | None) -> None:
+        """A product of few tokens, all in one launch."""
+        K, N = found.weight.shape
+        what = Linear(
+            N, K, self.made.tokens, self.made.dtype, norm=kind, bias="bias" in tensors, activation=found.activation,
+            norm_eps=float(before.attributes["eps"]) if kind and before is not None else 0.0, gated=found.gated,
+            residual="residual" in tensors, rotary=self._rotary(found.write, N) if found.write is not None else None,
+            head_norm_eps=found.head_norms[0].attributes["eps"] if found.head_norms else None,
+        )  # fmt: skip
+        if found.write is not None and what.rotary is not None:
+            tensors |= self._written(found.write, what.rotary)
+        for name, node in zip("qk", found.head_norms or (), strict=False):
+            tensors[f"{name}_norm_weight"] = _vector(node.inputs[1], node)
+        tensors["y"] = self._results(found)
+        self._add(linear(what), what, [tensors[name] for name in what.tensors], found.nodes)
+
+    def _results(self, found: Product) -> Rows:
+        """The rows of a product; of several results side by side, a part for each."""
+        outputs = found.main.outputs
+        if len(outputs) == 1 or found.result is not outputs[0] or found.write is not None:
+            return self._new(found.result, found.main)
+        parts = [arrangement(output, self.tokens) for output in outputs]
+        widths = [part.width for part in parts if part is not None]
+        if len(widths) < len(parts):
+            raise _refused(found.main, "its results are not one row for each token")
+        rows, start = Rows(sum(widths)), 0
+        for output, width in zip(outputs, widths, strict=True):
+            self.places[output] = Part(rows, start, start + width)
+            start += width
+        return rows
+
+    def _bias(self, found: Product, weight: Weight, shift: Constant | None) -> Weight | None:
+        if len(found.biases) > 1:
+            raise _refused(found.main, "two biases are added to its product")
+        base = found.biases[0] if found.biases else None
+        if base is None and shift is None:
+            return None
+        return Weight("bias", base, shift=shift, linear=None if shift is None else found.weight)
+
+    def _norm(self, node: Node, *, scaled: bool) -> Rows:
+        """The rows of a norm, made once; not `scaled`, its scale and shift are in the weights that follow."""
+        if (node, scaled) not in self.normed:
+            x = self._rows(node.inputs[0], node)
+            y = self.normed[node, scaled] = self._new(node.output, node)
+            vectors = [v for v in node.inputs[1:] if v is not None] if scaled else []
+            kernel = norm(
+                "rms" if node.op == "rms_norm" else "layer", y.width, eps=node.attributes["eps"],
+                dtype=self.made.dtype, weight=len(vectors) > 0, bias=len(vectors) > 1,
+            )  # fmt: skip
+            self._add(kernel, None, [x, *(_vector(v, node) for v in vectors), y], [node])
+        return self.normed[node, scaled]
+
+    # Cache and attention
+
+    def _rotary(self, write: Node, width: int) -> Rotary:
+        past = write.inputs[-2]
+        assert past is not None
+        if past.shape is None or not isinstance(past.shape[1], int) or not isinstance(past.shape[3], int):
+            raise _refused(write, "the cache's heads and their width are not known")
+        G, D = past.shape[1], past.shape[3]
+        if write.inputs[-1] is None or write.inputs[-1].shape is None or write.inputs[-1].shape[3] != D:
+            raise _refused(write, "keys and values differ in width")
+        turns = write.op == "rotary_cache_write"
+        rotary_dim = write.attributes["rotary_dim"] if turns else 0
+        interleaved = bool(write.attributes["interleaved"]) if turns else False
+        return Rotary(width // D - 2 * G, G, D, rotary_dim, self.made.page, interleaved, dtype=self.made.dtype)
+
+    def _written(self, write: Node, turning: Rotary) -> dict[str, Argument]:
+        """The tensors of a cache write: tables, places and the cache."""
+        state = self._state(write)
+        tensors: dict[str, Argument] = {name: Input(name) for name in ("positions", "slot_mapping")}
+        tensors |= {"k_cache": Cached(state, "k"), "v_cache": Cached(state, "v")}
+        if turning.rotary_dim:
+            tensors |= self._rotary_tables(write)
+        return tensors
+
+    def _state(self, write: Node) -> State:
+        past_k, past_v = write.inputs[-2:]
+        assert past_k is not None and past_v is not None and past_k.shape is not None
+        G, D = past_k.shape[1], past_k.shape[3]
+        assert isinstance(G, int) and isinstance(D, int)
+        state = State((past_k.name, past_v.name), G, D)
+        self.made.states.append(state)
+        self.states |= dict.fromkeys(write.outputs[-2:], state)
+        return state
+
+    def _rotary_tables(self, write: Node) -> dict[str, Argument]:
+        tables: dict[str, Argument] = {}
+        for name, value in zip(("cos", "sin"), write.inputs[3:5], strict=True):
+            node = value.producer if value is not None else None
+            while node is not None and node.op in ("Unsqueeze", "Squeeze", "Reshape", "Cast"):
+                value = node.inputs[0]
+                node = value.producer if value is not None else None
+            if node is None or not node.is_a("rotary_table", FUSER) or value is None:
+                raise _refused(write, f"its {name} is no table of a closed form")
+            positions, frequencies = node.inputs[:2]
+            if frequencies is None or frequencies.constant is None:
+                raise _refused(node, "the frequencies are not known")
+            start = self._position(positions, node)
+            tables[name] = Weight(
+                "sin" if value.index else "cos",
+                frequencies.constant,
+                start=start,
+                factor=float(node.attributes["scale"]),
+            )
+        return tables
+
+    def _position(self, value: Value | None, reader: Node) -> int:
+        """What positions are ahead of the step's, for a value that holds positions."""
+        if value in self.inputs and (self.inputs[value] == "positions" or reader.is_a("rotary_table", FUSER)):
+            return 0
+        node = value.producer if value is not None else None
+        if node is not None and node.is_a("position_ids", FUSER):
+            return int(node.attributes["offset"])
+        if node is not None and node.op in ("Cast", "Reshape", "Unsqueeze", "Squeeze"):
+            return self._position(node.inputs[0], reader)
+        if node is not None and node.is_a("Add"):
+            for one, other in (node.inputs, reversed(node.inputs)):
+                if other is not None and other.scalar is not None:
+                    return self._position(one, reader) + int(other.scalar)
+        raise _refused(reader, f"'{value.name if value is not None else ''}' does not hold the positions of tokens")
+
+    def _attention(self, node: Node) -> None:
+        q, k, v = node.inputs[:3]
+        state = self.states.get(k) if k is not None else None
+        if state is None or v is None or self.states.get(v) is not state:
+            raise _refused(node, "its keys and values are not those of one cache")
+        H, G = node.attributes["heads"]
+        state.window = _window(node.input(3), node)
+        what = Attention(
+            H,
+            G,
+            state.head_dim,
+            float(node.attributes["scale"]),
+            self.made.page,
+            state.window,
+            float(node.attributes["softcap"]),
+            dtype=self.made.dtype,
+        )
+        tensors: list[Argument] = [self._rows(q, node), Cached(state, "k"), Cached(state, "v")]
+        tensors += [Input("block_table"), Input("context_lens")]
+        if not self.decode:
+            tensors += [Input("query_starts"), Input("longest")]
+        y = self._new(node.output, node)
+        if self.decode:
+            keys = min(CONTEXT, state.window or CONTEXT)
+            splits = paged.default_splits(what, self.made.tokens, keys)
+            kernel = paged.decode(what, splits=splits)
+        else:
+            kernel = paged.prefill(what)
+        self._add(kernel, what, [*tensors, y], [node], each=self.decode)
+
+    # Everything else
+
+    def _nodes(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            if keeps_rows(node, self.tokens):
+                continue
+            if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write"):
+                self._write(node)
+            elif node.is_a("Gather"):
+                self._gather(node)
+            elif node.domain == FUSER and node.op in NORMS and self._is_of_rows(node):
+                self._norm(node, scaled=True)
+            elif node.is_a("gated_mlp", FUSER) and node.attributes["activation"] in ACTIVATIONS:
+                halves = [self._rows(value, node) for value in node.inputs]
+                y = self._new(node.output, node)
+                kernel = gate(y.width, activation=node.attributes["activation"], dtype=self.made.dtype)
+                self._add(kernel, None, [*halves, y], [node])
+            else:
+                self._by_torch(node)
+
+    def _write(self, node: Node) -> None:
+        """A cache write of its own: of queries, keys and values that are rows each."""
+        turns = node.op == "rotary_cache_write"
+        sources = [self._rows(value, node) for value in node.inputs[: 3 if turns else 2]]
+        if not turns:  # no queries: the keys stand in for them, and what is made of them is not looked at
+            sources = [sources[0], *sources]
+        turning = self._rotary(node, sum(map(_columns, sources)))
+        tensors = self._written(node, turning) | dict(zip("qkv", sources, strict=True))
+        tensors["turned"] = self._new(node.output, node) if turns else Rows(_columns(sources[0]))
+        self._add(rotary_cache_write(turning), turning, [tensors[name] for name in turning.tensors], [node])
+
+    def _is_of_rows(self, node: Node) -> bool:
+        """Whether a norm is over whole rows, with a scale and shift that are known."""
+        found = arrangement(node.output, self.tokens)
+        known = all(v is None or v.constant is not None for v in node.inputs[1:])
+        return found is not None and len(found.row) == 1 and known
+
+    def _gather(self, node: Node) -> None:
+        """Rows of a table, by tokens or by positions."""
+        table, index = node.inputs[:2]
+        if (
+            table is None
+            or table.constant is None
+            or index is None
+            or node.attributes.get("axis", 0) not in (0, -len(table.shape or ()))
+        ):
+            raise _refused(node, "it looks up nothing that is known, or not rows of it")
+        if self.inputs.get(index) == "tokens":
+            source, start = Input("tokens"), 0
+        else:
+            source, start = Input("positions"), self._position(index, node)
+        width = table.constant.size // table.constant.shape[0]
+        self.places[node.output] = y = Rows(width)
+        arguments: list[Argument] = [source, Weight("table", table.constant, start=start), y]
+        self.made.steps.append(Step("nodes", arguments, node.origin, nodes=[node], reason="a table's rows"))
+
+    def _by_torch(self, node: Node) -> None:
+        """A node that no kernel computes yet; it must be token-wise."""
+        if (node.op not in INDEPENDENT or node.domain) and not (
+            node.domain == FUSER and node.op in NORMS | ACTIVATIONS.keys()
+        ):
+            raise _refused(node, "what it does is not known to be done to each token by itself")
+        given: list[Argument] = [
+            self._rows(value, node) for value in node.inputs if value is not None and value.constant is None
+        ]
+        axis = node.attributes.get("axis", node.attributes.get("axes", -1))
+        for value in node.inputs:
+            found = arrangement(value, self.tokens)
+            if found is not None and node.op in ("Softmax", "Concat", "Split", "Slice"):
+                rank = len(value.shape or ()) if value is not None else 0
+                if any(a % rank in (0, found.axis) for a in ([axis] if isinstance(axis, int) else axis)):
+                    raise _refused(node, "it works along the tokens")
+        made = [self._new(output, node) for output in node.outputs]
+        self.made.steps.append(Step("nodes", [*given, *made], node.origin, nodes=[node], reason="no kernel has it"))
+
+
+def _refused(node: Node | None, reason: str) -> UnsupportedOperator:
+    what = "an output" if node is None else f"{node.op} '{node.output.name}'"
+    where = f" at {node.origin.module}" if node is not None and node.origin.module else ""
+    return UnsupportedOperator(f"no step over pages: {what}{where}: {reason}")
+
+
+def _tokens(inputs: Mapping[Value, str]) -> Tokens:
+    """The dims that count tokens: those of the token ids."""
+    for value, kind in inputs.items():
+        if kind == "tokens" and value.shape is not None and len(value.shape) == 2:
+            batch, sequence = value.shape
+            if isinstance(batch, int) or isinstance(sequence, int):
+                shape = dims.text(value.shape)
+                raise UnsupportedOperator(
+                    f"no step over pages: '{value.name}' {shape} does not take any number of tokens"
+                )
+            return Tokens(batch, sequence)
+    raise UnsupportedOperator("no step over pages: no input [batch, sequence] holds token ids")
+
+
+def _constant(node: Node | None, index: int) -> Constant | None:
+    value = node.input(index) if node is not None else None
+    return value.constant if value is not None else None
+
+
+def _vector(value: Value | None, reader: Node) -> Weight:
+    if value is None or value.constant is None:
+        raise _refused(reader, "its scale is not known")
+    return Weight("vector", value.constant)
+
+
+def _columns(rows: Rows | Part) -> int:
+    return rows.width
+
+
+def _window(mask: Value | None, node: Node) -> int | None:
+    """The keys that a query sees, its own included; None for all before it. Pages hold no padding."""
+    maker = mask.producer if mask is not None else None
+    if maker is not None and maker.is_a("Where"):
+        maker = maker.inputs[0].producer if maker.inputs[0] is not None else None
+    if maker is None or not maker.is_a("attention_mask", FUSER):
+        raise _refused(node, "its mask has no closed form" if mask is not None else "it sees the tokens that follow")
+    if maker.attributes["right_window"] != 0:
+        raise _refused(node, "it sees tokens that follow")
+    left = maker.attributes["left_window"]
+    return left + 1 if left >= 0 else None
+
+
+def _share(program: Program) -> None:
+    """Gives every rows a place: those of one width take one another's memory, once nothing reads them any more."""
+    last: dict[Rows, int] = {}
+    for index, step in enumerate(program.steps):
+        for argument in step.arguments:
+            rows = argument.rows if isinstance(argument, Part) else argument
+            if isinstance(rows, Rows):
+                last[rows] = index
+    for output in program.outputs.values():
+        last[output.rows if isinstance(output, Part) else output] = len(program.steps)
+    free: dict[int, list[int]] = {}
+    places = 0
+    for index, step in enumerate(program.steps):
+        own = {a.rows if isinstance(a, Part) else a for a in step.arguments if isinstance(a, (Rows, Part))}
+        for rows in sorted((r for r in own if r.place < 0), key=lambda r: r.width):
+            if free.get(rows.width):
+                rows.place = free[rows.width].pop()
+            else:
+                rows.place, places = places, places + 1
+        for rows in own:
+            if last[rows] == index:
+                free.setdefault(rows.width, []).append(rows.place)

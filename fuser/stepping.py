@@ -1,0 +1,244 @@
+"""Runs the programs that codegen composes: weights made once, paged caches, kernels and torch's products in order."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from fuser.codegen import cache
+from fuser.codegen.arrangement import Arrangement, Tokens, arrangement
+from fuser.codegen.compose import compose
+from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, Step, Weight
+from fuser.codegen.rotary import Rotary
+from fuser.constants import Constant, Joined
+from fuser.dtypes import DType
+from fuser.evaluation import evaluate
+from fuser.graph import Graph, Node, Value
+from fuser.patterns.rotary_table import rotary_table
+from fuser.tensors import tensor_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Weights:
+    """The tensors of programs on one device, each made when it is first asked for and shared by all programs."""
+
+    def __init__(self, device: torch.device, dtype: str, positions: int) -> None:
+        """`positions`: how many rows tables of rotary embedding have."""
+        self.device, self.dtype, self.positions = device, DTYPES[dtype], positions
+        self.made: dict[Any, Tensor] = {}
+
+    def __getitem__(self, weight: Weight) -> Tensor:
+        if weight.key not in self.made:
+            self.made[weight.key] = self._make(weight).contiguous()
+        return self.made[weight.key]
+
+    def _wide(self, constant: Constant) -> Tensor:
+        return tensor_of(constant).to(self.device, torch.float32)
+
+    def _make(self, weight: Weight) -> Tensor:
+        base = weight.base
+        if weight.kind == "column_sums":
+            return self[Weight("linear", base, weight.scale)].float().sum(1)
+        if weight.kind == "bias":
+            assert base is not None or weight.linear is not None
+            total = self._wide(base) if base is not None else torch.zeros((), device=self.device)
+            if weight.shift is not None and weight.linear is not None:
+                total = total + self._wide(weight.shift) @ self._wide(weight.linear)
+            return total.to(self.dtype)
+        assert base is not None
+        if weight.kind == "linear":
+            parts = base.parts if isinstance(base, Joined) else (base,)
+            scale = None if weight.scale is None else self._wide(weight.scale)
+            return torch.cat([self._linear(part, scale) for part in parts])
+        if weight.kind in ("cos", "sin"):
+            places = torch.arange(weight.start, weight.start + self.positions)
+            tables: tuple[Tensor, Tensor] = rotary_table.reference(
+                places, tensor_of(base).double(), scale=weight.factor
+            )
+            return tables[weight.kind == "sin"].to(self.device, torch.float32)
+        found = tensor_of(base).to(self.device, self.dtype)
+        return found[weight.start :].reshape(found.shape[0] - weight.start, -1) if weight.kind == "table" else found
+
+    def _linear(self, base: Constant, scale: Tensor | None) -> Tensor:
+        stored = tensor_of(base).T.to(self.device)
+        return (stored if scale is None else stored.float() * scale).to(self.dtype)
+
+
+class Stepper:
+    """Steps of a fused decoder over paged caches, on one device.
+
+    `step` takes the new tokens of any sequences, as codegen's Program says, and gives the graph's outputs, a row for each.
+    """
+
+    def __init__(
+        self, graph: Graph, *, dtype: str, device: torch.device | str, pages: int, page: int = 16, positions: int = 4096
+    ) -> None:
+        """
+        Args:
+            graph: fused; left as it is.
+            dtype: bf16, fp16 or fp32, of weights, activations and caches.
+            pages: the cache's, of `page` tokens each.
+            positions: the longest sequence.
+        """
+        self.graph, self.dtype, self.page = graph, dtype, page
+        self.device = torch.device(device)
+        self.weights = Weights(self.device, dtype, positions)
+        self.pages = pages
+        self.caches: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._bound: dict[tuple[int, bool], Bound] = {}
+
+    def bound(self, tokens: int, *, decode: bool) -> "Bound":
+        """The program for at most `tokens` tokens, with its memory; each is composed once.
+
+        Raises:
+            UnsupportedOperator: the graph is not token-wise.
+        """
+        key = tokens, decode
+        if key not in self._bound:
+            program = compose(self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode)
+            for state in program.states:
+                if state.past not in self.caches:
+                    shape = (self.pages, self.page, state.kv_heads, state.head_dim)
+                    self.caches[state.past] = {
+                        which: torch.zeros(shape, dtype=DTYPES[self.dtype], device=self.device) for which in "kv"
+                    }
+            self._bound[key] = Bound(program, self.weights, self.caches)
+        return self._bound[key]
+
+
+class Bound:
+    """A program with the memory of its rows: calling it launches every step, on the current stream."""
+
+    def __init__(self, program: Program, weights: Weights, caches: dict[tuple[str, str], dict[str, Tensor]]) -> None:
+        self.program, self.weights, self.caches = program, weights, caches
+        device, dtype = weights.device, DTYPES[program.dtype]
+        rows = [a.rows if isinstance(a, Part) else a for step in program.steps for a in step.arguments]
+        widths = {r.place: r.width for r in rows if isinstance(r, Rows)}
+        self.memory = {
+            place: torch.empty(program.tokens, width, dtype=dtype, device=device) for place, width in widths.items()
+        }
+        kernels = [(step.kernel, program.tokens if step.by_sequence else 1) for step in program.steps if step.kernel]
+        floats = max((kernel.workspace[0] * count for kernel, count in kernels), default=0)
+        counters = max((kernel.workspace[1] * count for kernel, count in kernels), default=0)
+        self.workspace = (
+            torch.empty(floats, dtype=torch.float32, device=device),
+            torch.zeros(counters, dtype=torch.int32, device=device),
+        )
+        self.launches = [self._launch(step) for step in program.steps]
+
+    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
+        """The program's outputs, by name, for its inputs: int32 tensors on the device, and `longest`, a number."""
+        tokens = inputs["tokens"].shape[0]
+        for launch in self.launches:
+            launch(tokens, inputs)
+        return {name: self._rows(place, tokens) for name, place in self.program.outputs.items()}
+
+    def _rows(self, place: Rows | Part, tokens: int) -> Tensor:
+        if isinstance(place, Part):
+            return self.memory[place.rows.place][:tokens, place.start : place.stop]
+        return self.memory[place.place][:tokens]
+
+    def _reader(self, argument: Argument) -> Callable[[int, dict[str, Any]], Any]:
+        """How an argument's tensor is found, at a step."""
+        if isinstance(argument, (Rows, Part)):
+            return lambda tokens, inputs: self._rows(argument, tokens)
+        if isinstance(argument, Input):
+            return lambda tokens, inputs: inputs[argument.name]
+        held = (
+            self.caches[argument.state.past][argument.which] if isinstance(argument, Cached) else self.weights[argument]
+        )
+        return lambda tokens, inputs: held
+
+    def _launch(self, step: Step) -> Callable[[int, dict[str, Any]], None]:
+        readers = [self._reader(argument) for argument in step.arguments]
+        run = self._kernel(step) if step.kernel is not None else self._product(step) if step.kind == "product" else None
+        if run is None:
+            run = _gathered if step.nodes[0].is_a("Gather") else self._evaluated(step.nodes[0])
+        return lambda tokens, inputs: run([read(tokens, inputs) for read in readers])
+
+    def _kernel(self, step: Step) -> Callable[[list[Any]], None]:
+        assert step.kernel is not None
+        launch = cache.load(step.kernel).launch
+        scratch = self.workspace if step.kernel.workspace[0] else ()
+        strided = isinstance(step.what, Rotary) or step.kernel.name == "gate"
+
+        def run(arguments: list[Any]) -> None:
+            if not strided:
+                arguments = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+            launch(*arguments, *scratch)
+
+        return run
+
+    def _product(self, step: Step) -> Callable[[list[Any]], None]:
+        names = step.what
+
+        def run(arguments: list[Any]) -> None:
+            given = dict(zip(names, arguments, strict=True))
+            added = [given[name] for name in ("bias", "residual") if name in given]
+            if added:
+                torch.addmm(added[0], given["x"], given["weight"].T, out=given["y"])
+            else:
+                torch.mm(given["x"], given["weight"].T, out=given["y"])
+            for more in added[1:]:
+                given["y"].add_(more)
+
+        return run
+
+    def _evaluated(self, node: Node) -> Callable[[list[Any]], None]:
+        """A node by its reference, on one sequence of all the rows."""
+        dims, dtype = self.program.dims, DTYPES[self.program.dtype]
+        known = {
+            i: tensor_of(v.constant).to(
+                self.weights.device, dtype if v.dtype is not None and v.dtype.is_float else None
+            )
+            for i, v in enumerate(node.inputs)
+            if v is not None and v.constant is not None
+        }
+
+        def run(arguments: list[Any]) -> None:
+            rows = iter(arguments)
+            given = [
+                known[i] if i in known else None if v is None else _as_graph(next(rows), v, dims)
+                for i, v in enumerate(node.inputs)
+            ]
+            count = arguments[0].shape[0]
+            symbols = {
+                dim: size for dim, size in ((dims.batch, 1), (dims.sequence, count)) if isinstance(dim, sympy.Symbol)
+            }
+            found = evaluate(node, given, symbols, opset=23)
+            for value, made, target in zip(node.outputs, found, rows, strict=True):
+                assert made is not None
+                target.copy_(_as_rows(made, value, dims))
+
+        return run
+
+
+def _gathered(arguments: Sequence[Tensor]) -> None:
+    index, table, y = arguments
+    torch.index_select(table, 0, index, out=y)
+
+
+def _arranged(value: Value, dims: Tokens) -> Arrangement:
+    found = arrangement(value, dims)
+    assert found is not None
+    return found
+
+
+def _as_graph(rows: Tensor, value: Value, dims: Tokens) -> Tensor:
+    """Rows [n, width] as the value is for one sequence of n tokens."""
+    found = _arranged(value, dims)
+    return rows.reshape(rows.shape[0], *found.row).movedim(0, found.axis - 1).unsqueeze(0)
+
+
+def _as_rows(made: Tensor, value: Value, dims: Tokens) -> Tensor:
+    found = _arranged(value, dims)
+    return made.squeeze(0).movedim(found.axis - 1, 0).flatten(1)
+
+
+def dtype_of(graph: Graph) -> str:
+    """The element type of a graph's floats, as kernels name it: of its widest weight."""
+    floats = {v.dtype for v in graph.constants() if v.dtype is not None and v.dtype.is_float and v.rank == 2}
+    return {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}.get(next(iter(floats), DType.FLOAT32), "fp32")
