@@ -21,7 +21,6 @@ from fuser.codegen.rowwise import gate, norm
 from fuser.constants import Constant
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
-from fuser.verification import roles
 
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
 INDEPENDENT = ELEMENTWISE | {
@@ -60,7 +59,7 @@ class _Composer:
         self.launches = grouped(graph, "decode")
         self.decode = decode
         nodes = [node for launch in self.launches for node in launch.nodes]
-        self.inputs = {value: role.kind for value, role in zip(graph.inputs, roles(graph), strict=True)}
+        self.inputs = _inputs(graph)
         self.tokens = _tokens(self.inputs)
         self.made = Program(dtype, tokens, page, self.tokens)
         gathered = [node.inputs[0] for node in nodes if node.is_a("Gather")]
@@ -377,6 +376,23 @@ def _refused(node: Node | None, reason: str) -> UnsupportedOperator:
     what = "an output" if node is None else f"{node.op} '{node.output.name}'"
     where = f" at {node.origin.module}" if node is not None and node.origin.module else ""
     return UnsupportedOperator(f"no step over pages: {what}{where}: {reason}")
+
+
+def _inputs(graph: Graph) -> dict[Value, str]:
+    """What the graph's inputs are for: token ids choose rows of a table that has as many as there are logits, or the most.
+
+    What else chooses rows of a table are positions; of others, the nodes that read them tell.
+    """
+    rows: dict[Value, int] = {}
+    for value in graph.inputs:
+        for node in value.consumers:
+            table = node.inputs[0]
+            if node.is_a("Gather") and node.inputs[1] is value and table is not None and table.constant is not None:
+                rows[value] = table.constant.shape[0]
+    widths = {value.shape[-1] for value in graph.outputs if value.shape}
+    tokens = max(rows, key=lambda value: (rows[value] in widths, rows[value]), default=None)
+    found = {value: "positions" if value in rows else "" for value in graph.inputs}
+    return found | ({tokens: "tokens"} if tokens is not None else {})
 
 
 def _tokens(inputs: Mapping[Value, str]) -> Tokens:

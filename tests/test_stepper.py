@@ -1,0 +1,149 @@
+"""Decoders over paged caches, by emitted kernels: ragged prompts and steps of all sequences, against torch on each alone."""
+
+from tests.interpreter import DEVICE  # isort: skip
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuser import importer, patterns
+from fuser.canonicalize import canonicalize
+from fuser.codegen.compose import compose
+from fuser.errors import UnsupportedOperator, UsageError
+from fuser.graph import Graph
+from fuser.rewriting import rewrite
+from fuser.runtime.executor import Executor
+from fuser.stepping import Stepper
+from tests import zoo
+
+PAGE = 4
+PROMPTS = (5, 1, 14)  # of three sequences; the longest is past every window
+STEPS = 3
+DEMO = Path(__file__).parents[1] / "models/demo/model.onnx"
+
+
+@cache
+def fused(name: str) -> Graph:
+    graph = importer.load(DEMO if name == "demo" else zoo.exported(name, "dynamo"))
+    canonicalize(graph)
+    rewrite(graph, patterns.ALL)
+    return graph
+
+
+def reference(graph: Graph, ids: Tensor) -> Tensor:
+    """Logits [S, V] of one sequence from its beginning."""
+    given = []
+    for value in graph.inputs:
+        if value.name == "input_ids":
+            given.append(ids[None])
+        elif value.name == "attention_mask":
+            given.append(torch.ones(1, len(ids), dtype=torch.int64))
+        elif value.name == "position_ids":
+            given.append(torch.arange(len(ids))[None])
+        else:
+            assert value.shape is not None and value.dtype is not None
+            _, heads, _, width = value.shape
+            given.append(torch.zeros(1, int(heads), 0, int(width), dtype=value.dtype.torch))
+    return Executor(graph)(*given)[0][0]
+
+
+class Sequences:
+    """Three sequences in shuffled pages."""
+
+    def __init__(self, vocabulary: int) -> None:
+        torch.manual_seed(0)
+        self.ids = [torch.randint(vocabulary, (length + STEPS,)) for length in PROMPTS]
+        pages = [-(-len(ids) // PAGE) for ids in self.ids]
+        self.pages = sum(pages) + 2
+        order = torch.randperm(self.pages, dtype=torch.int32)
+        self.table = torch.full((3, max(pages)), -(10**6), dtype=torch.int32)
+        for row, count in enumerate(pages):
+            self.table[row, :count] = order[sum(pages[:row]) : sum(pages[:row]) + count]
+
+    def inputs(self, spans: list[tuple[int, int]]) -> dict[str, object]:
+        """What a step takes for the tokens start .. stop of every sequence."""
+        positions = torch.cat([torch.arange(*span) for span in spans]).int()
+        rows = torch.cat([torch.full((stop - start,), row) for row, (start, stop) in enumerate(spans)])
+        slots = self.table[rows, positions // PAGE] * PAGE + positions % PAGE
+        lengths = [stop - start for start, stop in spans]
+        given = {
+            "tokens": torch.cat([ids[slice(*span)] for ids, span in zip(self.ids, spans, strict=True)]).int(),
+            "positions": positions,
+            "slot_mapping": slots,
+            "block_table": self.table,
+            "context_lens": torch.tensor([stop for _, stop in spans], dtype=torch.int32),
+            "query_starts": torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
+        }
+        return {name: tensor.to(DEVICE) for name, tensor in given.items()} | {"longest": max(lengths)}
+
+
+def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2e-5) -> None:
+    """Runs the spans of tokens one after another, and compares every token's logits."""
+    vocabulary = int(next(value for value in graph.outputs if value.name == "logits").shape[-1])  # type: ignore[index, arg-type]
+    sequences = Sequences(vocabulary)
+    stepper = Stepper(graph, dtype="fp32", device=DEVICE, pages=sequences.pages, page=PAGE, positions=64)
+    found: list[list[Tensor]] = [[], [], []]
+    for step in spans:
+        lengths = [stop - start for start, stop in step]
+        bound = stepper.bound(sum(lengths), decode=max(lengths) == 1)
+        if not found[0]:
+            for cached in stepper.caches.values():
+                for tensor in cached.values():
+                    tensor.fill_(float("nan"))
+        for memory in bound.memory.values():
+            memory.fill_(float("nan"))
+        logits = bound(**sequences.inputs(step))["logits"].cpu()
+        for row, part in enumerate(logits.clone().split(lengths)):
+            found[row].append(part)
+    for row, ids in enumerate(sequences.ids):
+        whole, expected = torch.cat(found[row]), reference(graph, ids)
+        error = float((whole - expected).norm() / expected.norm())
+        assert error < tolerance, f"sequence {row}: relative error {error:.1e}"
+
+
+PREFILL = [(0, length) for length in PROMPTS]
+DECODE = [[(length + i, length + i + 1) for length in PROMPTS] for i in range(STEPS)]
+MIXED = [[(0, 2), (0, 1), (0, 7)], [(2, 5), (1, 2), (7, 14)], [(5, 8), (2, 4), (14, 15)], [(8, 8), (4, 4), (15, 17)]]
+
+
+@pytest.mark.parametrize("name", ["demo", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "phi", "phi3"])
+def test_prompts_then_steps(name: str) -> None:
+    check(fused(name), [PREFILL, *DECODE])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_chunks_beside_steps(name: str) -> None:
+    check(fused(name), MIXED)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("demo", 5), ("llama", 2), ("qwen2", 2), ("qwen3", 2), ("mistral", 2), ("phi3", 2)]
+)
+def test_a_step_is_five_kernels_a_layer(name: str, layers: int) -> None:
+    program = compose(fused(name), dtype="bf16", tokens=1)
+    assert [step.kernel.name for step in program.steps[1:6] if step.kernel] == [
+        "linear", "paged_decode", "linear", "linear", "linear"
+    ]  # fmt: skip
+    tied = name == "demo"  # its last product's weight is the embedding too, and takes no scale in
+    assert len(program.steps) == 1 + 5 * layers + 1 + tied  # the embedding before, the vocabulary after
+    assert [step.kind for step in program.steps if step.kernel is None] == ["nodes"]
+
+
+def test_layers_share_kernels_and_memory() -> None:
+    program = compose(fused("demo"), dtype="bf16", tokens=1)
+    assert len(program.kernels) == 7  # five of a layer, the last norm and the last product
+    places = {getattr(a, "place", None) for step in program.steps for a in step.arguments} - {None}
+    assert len(places) == 5
+
+
+def test_an_encoder_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedOperator, match="no step over pages"):
+        compose(fused("bert"), dtype="bf16", tokens=1)
+
+
+def test_a_step_has_a_token_or_more() -> None:
+    with pytest.raises(UsageError, match="1 to 64"):
+        compose(fused("llama"), dtype="bf16", tokens=65, decode=True)
