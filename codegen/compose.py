@@ -12,12 +12,15 @@ from fuser.codegen import attention as paged
 from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.attention import Attention
 from fuser.codegen.compose_linear import Product, folds, product_of
+from fuser.codegen.compose_rows import Run
+from fuser.codegen.elementwise import elementwise
+from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import ACTIVATIONS, Kernel
 from fuser.codegen.linear import MOST_TOKENS, Linear, linear
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
 from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
 from fuser.codegen.rotary import Rotary, rotary_cache_write
-from fuser.codegen.rowwise import gate, norm
+from fuser.codegen.rowwise import norm
 from fuser.constants import Constant
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
@@ -299,22 +302,35 @@ class _Composer:
     # Everything else
 
     def _nodes(self, nodes: Sequence[Node]) -> None:
+        """Nodes that are part of no product or attention, as few row-wise kernels as can be, in order."""
+        run = Run(self.tokens)
         for node in nodes:
-            if keeps_rows(node, self.tokens):
+            if keeps_rows(node, self.tokens) or run.takes(node):
                 continue
+            self._rowwise(run)
+            run = Run(self.tokens)
             if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write"):
                 self._write(node)
             elif node.is_a("Gather"):
                 self._gather(node)
-            elif node.domain == FUSER and node.op in NORMS and self._is_of_rows(node):
-                self._norm(node, scaled=True)
-            elif node.is_a("gated_mlp", FUSER) and node.attributes["activation"] in ACTIVATIONS:
-                halves = [self._rows(value, node) for value in node.inputs]
-                y = self._new(node.output, node)
-                kernel = gate(y.width, activation=node.attributes["activation"], dtype=self.made.dtype)
-                self._add(kernel, None, [*halves, y], [node])
-            else:
+            elif not run.takes(node):
                 self._by_torch(node)
+        self._rowwise(run)
+
+    def _rowwise(self, run: Run) -> None:
+        """The kernel of what has been taken together."""
+        if len(run.nodes) == 1 and run.nodes[0].op in NORMS and len(run.row) == 1:
+            self._norm(run.nodes[0], scaled=True)
+        elif run.nodes:
+            own = set(run.nodes)
+            outputs = run.outputs(lambda value: value.is_output or any(user not in own for user in value.consumers))
+            what = run.what(outputs, self.made.dtype)
+            inputs = [
+                Weight("vector", key) if isinstance(key, Constant) else self._rows(key, run.nodes[0])
+                for key in run.inputs
+            ]
+            made = [self._new(value, run.nodes[0]) for value in outputs]
+            self._add(elementwise(what), what, [*inputs, *made], run.nodes)
 
     def _write(self, node: Node) -> None:
         """A cache write of its own: of queries, keys and values that are rows each."""
@@ -326,12 +342,6 @@ class _Composer:
         tensors = self._written(node, turning) | dict(zip("qkv", sources, strict=True))
         tensors["turned"] = self._new(node.output, node) if turns else Rows(_columns(sources[0]))
         self._add(rotary_cache_write(turning), turning, [tensors[name] for name in turning.tensors], [node])
-
-    def _is_of_rows(self, node: Node) -> bool:
-        """Whether a norm is over whole rows, with a scale and shift that are known."""
-        found = arrangement(node.output, self.tokens)
-        known = all(v is None or v.constant is not None for v in node.inputs[1:])
-        return found is not None and len(found.row) == 1 and known
 
     def _gather(self, node: Node) -> None:
         """Rows of a table, by tokens or by positions."""
@@ -347,10 +357,10 @@ class _Composer:
             source, start = Input("tokens"), 0
         else:
             source, start = Input("positions"), self._position(index, node)
-        width = table.constant.size // table.constant.shape[0]
-        self.places[node.output] = y = Rows(width)
-        arguments: list[Argument] = [source, Weight("table", table.constant, start=start), y]
-        self.made.steps.append(Step("nodes", arguments, node.origin, nodes=[node], reason="a table's rows"))
+        rows = table.constant.shape[0] - start
+        self.places[node.output] = y = Rows(table.constant.size // table.constant.shape[0])
+        what = Embedding(y.width, (rows,), dtype=self.made.dtype)
+        self._add(embedding(what), what, [source, Weight("table", table.constant, start=start), y], [node])
 
     def _by_torch(self, node: Node) -> None:
         """A node that no kernel computes yet; it must be token-wise."""

@@ -1,6 +1,6 @@
 """Runs the programs that codegen composes: weights made once, paged caches, kernels and torch's products in order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -10,6 +10,7 @@ from torch import Tensor
 from fuser.codegen import cache
 from fuser.codegen.arrangement import Arrangement, Tokens, arrangement
 from fuser.codegen.compose import compose
+from fuser.codegen.elementwise import Elementwise
 from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, Step, Weight
 from fuser.codegen.rotary import Rotary
 from fuser.constants import Constant, Joined
@@ -156,14 +157,14 @@ class Bound:
         readers = [self._reader(argument) for argument in step.arguments]
         run = self._kernel(step) if step.kernel is not None else self._product(step) if step.kind == "product" else None
         if run is None:
-            run = _gathered if step.nodes[0].is_a("Gather") else self._evaluated(step.nodes[0])
+            run = self._evaluated(step.nodes[0])
         return lambda tokens, inputs: run([read(tokens, inputs) for read in readers])
 
     def _kernel(self, step: Step) -> Callable[[list[Any]], None]:
         assert step.kernel is not None
         launch = cache.load(step.kernel).launch
         scratch = self.workspace if step.kernel.workspace[0] else ()
-        strided = isinstance(step.what, Rotary) or step.kernel.name == "gate"
+        strided = isinstance(step.what, (Rotary, Elementwise))
 
         def run(arguments: list[Any]) -> None:
             if not strided:
@@ -214,11 +215,6 @@ class Bound:
                 target.copy_(_as_rows(made, value, dims))
 
         return run
-
-
-def _gathered(arguments: Sequence[Tensor]) -> None:
-    index, table, y = arguments
-    torch.index_select(table, 0, index, out=y)
 
 
 def _arranged(value: Value, dims: Tokens) -> Arrangement:
