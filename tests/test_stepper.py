@@ -134,7 +134,7 @@ def test_a_step_is_five_kernels_a_layer(name: str, layers: int) -> None:
 
 def test_layers_share_kernels_and_memory() -> None:
     program = compose(fused("demo"), dtype="bf16", tokens=1)
-    assert len(program.kernels) == 7  # five of a layer, the last norm and the last product
+    assert len(program.kernels) == 8  # five of a layer; the embedding, the last norm and the last product
     places = {getattr(a, "place", None) for step in program.steps for a in step.arguments} - {None}
     assert len(places) == 5
 
