@@ -13,14 +13,13 @@ from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.attention import Attention
 from fuser.codegen.compose_linear import Product, folds, product_of
 from fuser.codegen.compose_rows import Run
-from fuser.codegen.elementwise import elementwise
+from fuser.codegen.elementwise import Column, Computed, Elementwise, Row, elementwise
 from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import ACTIVATIONS, Kernel
 from fuser.codegen.linear import MOST_TOKENS, Linear, linear
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
 from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
 from fuser.codegen.rotary import Rotary, rotary_cache_write
-from fuser.codegen.rowwise import norm
 from fuser.constants import Constant
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
@@ -191,12 +190,13 @@ class _Composer:
         if (node, scaled) not in self.normed:
             x = self._rows(node.inputs[0], node)
             y = self.normed[node, scaled] = self._new(node.output, node)
-            vectors = [v for v in node.inputs[1:] if v is not None] if scaled else []
-            kernel = norm(
-                "rms" if node.op == "rms_norm" else "layer", y.width, eps=node.attributes["eps"],
-                dtype=self.made.dtype, weight=len(vectors) > 0, bias=len(vectors) > 1,
-            )  # fmt: skip
-            self._add(kernel, None, [x, *(_vector(v, node) for v in vectors), y], [node])
+            vectors = [_vector(v, node) for v in node.inputs[1:] if v is not None] if scaled else []
+            operands = tuple(("input", i) for i in range(1 + len(vectors)))
+            steps = (Computed(node.op, operands, float(node.attributes["eps"])),)
+            what = Elementwise(
+                y.width, (Row(), *[Column()] * len(vectors)), steps, (0,), dtype=self.made.dtype
+            )
+            self._add(elementwise(what), what, [x, *vectors, y], [node])
         return self.normed[node, scaled]
 
     # Cache and attention
