@@ -63,7 +63,7 @@ class _Composer:
         nodes = [node for launch in self.launches for node in launch.nodes]
         self.inputs = _inputs(graph)
         self.tokens = _tokens(self.inputs)
-        self.made = Program(dtype, tokens, page, self.tokens)
+        self.made = Program(dtype, tokens, page, self.tokens, decode)
         gathered = [node.inputs[0] for node in nodes if node.is_a("Gather")]
         self.tables = {
             id(leaf) for v in gathered if v is not None and v.constant is not None for leaf in v.constant.leaves()
@@ -193,9 +193,7 @@ class _Composer:
             vectors = [_vector(v, node) for v in node.inputs[1:] if v is not None] if scaled else []
             operands = tuple(("input", i) for i in range(1 + len(vectors)))
             steps = (Computed(node.op, operands, float(node.attributes["eps"])),)
-            what = Elementwise(
-                y.width, (Row(), *[Column()] * len(vectors)), steps, (0,), dtype=self.made.dtype
-            )
+            what = Elementwise(y.width, (Row(), *[Column()] * len(vectors)), steps, (0,), dtype=self.made.dtype)
             self._add(elementwise(what), what, [x, *vectors, y], [node])
         return self.normed[node, scaled]
 

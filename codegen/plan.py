@@ -8,7 +8,7 @@ projection. A mask that has a closed form is computed by the attention that read
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fuser import dims
 from fuser.dims import Dim
@@ -18,6 +18,7 @@ from fuser.shapes import infer
 Regime = Literal["decode", "prefill"]
 Role = Literal["prologue", "main", "epilogue"]
 REGIMES = ("decode", "prefill")
+Item = TypeVar("Item")
 
 # What moves or says nothing of elements that a kernel addresses for itself.
 VIEWS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Split", "Slice", "Identity"})
@@ -302,12 +303,13 @@ def _line(launch: Launch, sizes: Mapping[str, int]) -> str:
     steps = [*roles["prologue"], *(op if op not in VIEWS else "" for op in (*roles["main"], *roles["epilogue"]))]
     what = " + ".join(step for step in steps if step) or " + ".join(roles["main"])
     moved, done = at(launch.bytes, sizes), at(launch.flops, sizes)
-    amounts = [f"{_amount(moved)}B" if moved is not None else f"{launch.bytes} B"]
-    amounts.append(f"{_amount(done)}FLOP" if done is not None else f"{launch.flops} FLOP")
+    amounts = [f"{amount(moved)}B" if moved is not None else f"{launch.bytes} B"]
+    amounts.append(f"{amount(done)}FLOP" if done is not None else f"{launch.flops} FLOP")
     return f"{launch.family:<10} {what:<58} {amounts[0]:>12} {amounts[1]:>12}  {launch.origin.module}"
 
 
-def _amount(number: float) -> str:
+def amount(number: float) -> str:
+    """A number of three digits, with the prefix of its unit."""
     for prefix in ("", "k", "M", "G", "T"):
         if number < 1000:
             return f"{number:.3g} {prefix}"
@@ -316,9 +318,13 @@ def _amount(number: float) -> str:
 
 
 def folded(launches: Sequence[Launch]) -> list[tuple[int, list[Launch]]]:
-    """Launches with runs of the same kind, of any period, told once: (how often, the launches of one)."""
-    kinds = [_kind(launch) for launch in launches]
-    found: list[tuple[int, list[Launch]]] = []
+    """Launches with runs of the same kind told once: (how often, the launches of one)."""
+    return repeated(launches, [_kind(launch) for launch in launches])
+
+
+def repeated(items: Sequence[Item], kinds: Sequence[Any]) -> list[tuple[int, list[Item]]]:
+    """Items with runs of equal kinds, of any period, told once: (how often, the items of one)."""
+    found: list[tuple[int, list[Item]]] = []
     start = 0
     while start < len(kinds):
         best = (1, 1)  # (repeats, period), by how much they cover
@@ -329,7 +335,7 @@ def folded(launches: Sequence[Launch]) -> list[tuple[int, list[Launch]]]:
             if repeats > 1 and repeats * period > best[0] * best[1]:
                 best = (repeats, period)
         repeats, period = best
-        found.append((repeats, list(launches[start : start + period])))
+        found.append((repeats, list(items[start : start + period])))
         start += repeats * period
     return found
 

@@ -118,6 +118,7 @@ class Program:
     tokens: int  # at most
     page: int
     dims: Tokens
+    decode: bool  # whether every sequence has one new token
     steps: list[Step] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     outputs: dict[str, Rows | Part] = field(default_factory=dict)

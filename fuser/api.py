@@ -6,6 +6,8 @@ from pathlib import Path
 
 import onnx
 
+from fuser.codegen.compose import compose
+from fuser.codegen.emit import emit
 from fuser.codegen.plan import REGIMES, Launch, plan
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
@@ -17,6 +19,8 @@ from fuser.lowering import TARGETS
 from fuser.pipeline import Progress, canonicalized, input_roles, rewritten, stage, weight_bytes
 from fuser.report import Report, explanation_text
 from fuser.verification import Role, Verification, coarsest, compare, too_large
+
+PREFILL_TOKENS = 2048  # of the prefill step that is emitted
 
 
 class FusedModel:
@@ -37,6 +41,26 @@ class FusedModel:
         """
         check_output(path, self.sources)
         self._artifact.write(path, keep=self.sources)
+
+    def emit_triton(
+        self, folder: str | os.PathLike[str], *, dtype: str = "bf16", tokens: int = 1, context: int = 1024
+    ) -> None:
+        """Writes the Triton kernels that the model becomes, a file each, with tests and an index of the launches.
+
+        Args:
+            folder: new, empty, or of an earlier emission, which is replaced; it appears whole or not at all.
+            dtype: bf16, fp16 or fp32.
+            tokens: of a decode step, at most 64; kernels for prompts are written beside its own.
+            context: keys of a sequence that the index counts bytes for.
+
+        Raises:
+            UsageError: the folder holds something else; an unknown dtype.
+            UnsupportedOperator: a node that no step over pages computes.
+            OutputError: the folder cannot be written.
+        """
+        decode = compose(self.graph, dtype=dtype, tokens=tokens, decode=True)
+        prefill = compose(self.graph, dtype=dtype, tokens=PREFILL_TOKENS, decode=False)
+        emit(folder, [decode, prefill], context=context)
 
     def explain(self, *, everything: bool = False) -> str:
         """By layer what was fused, and why the rest was not, the likeliest reasons first.

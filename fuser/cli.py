@@ -5,6 +5,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,6 +151,15 @@ def _failing(*, quiet: bool, verbose: bool) -> Iterator[tuple[Console, Progress]
         progress.stop()
 
 
+@dataclass(frozen=True)
+class Emission:
+    """Where kernels are to be written, and for what."""
+
+    folder: Path | None
+    dtype: str
+    tokens: int
+
+
 Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
 Dims = Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="Fix a named dim of the inputs.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of internal errors.")]
@@ -183,6 +193,16 @@ def fuse(
         bool,
         typer.Option("--strict", help="Fail (exit 5, nothing written) on any near miss, or if nothing was compared."),
     ] = False,
+    emit_triton: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write the Triton kernels that the fused model becomes, with tests and an index."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Element type of emitted kernels: bf16, fp16 or fp32.")] = "bf16",
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of the decode step that kernels are emitted for, at most 64.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
     verbose: Verbose = False,
@@ -197,7 +217,7 @@ def fuse(
     """
     with _failing(quiet=quiet, verbose=verbose) as (console, progress):
         _run(console, progress, model, output, target, _sizes(dim or [], "--dim"), verify, report, explain,
-             _sizes(expect or [], "--expect"), strict, as_json, quiet)  # fmt: skip
+             _sizes(expect or [], "--expect"), strict, as_json, quiet, Emission(emit_triton, dtype, tokens))  # fmt: skip
 
 
 @app.command("explain", context_settings=HELP)
@@ -265,6 +285,7 @@ def _run(
     strict: bool,
     as_json: bool,
     quiet: bool,
+    emission: Emission,
 ) -> None:
     from fuser import api
     from fuser.exporter import write_text
@@ -285,6 +306,10 @@ def _run(
         progress("write")
         fused.save(output)
         progress.stop()
+    if emission.folder is not None and not unmet:
+        progress("emit")
+        fused.emit_triton(emission.folder, dtype=emission.dtype, tokens=emission.tokens)
+        progress.stop()
     if report_file is not None:
         write_text(report_file, json.dumps(record.to_json(), indent=2) + "\n")
     if as_json:
@@ -295,6 +320,8 @@ def _run(
             console.print(_lines(f"\n{fused.explain(everything=True)}"), markup=False)
         if output is not None and not unmet:
             console.print(f"\nwrote {output}", markup=False)
+        if emission.folder is not None and not unmet:
+            console.print(f"\nwrote kernels to {emission.folder}", markup=False)
     if unmet:
         raise ExpectationError("; ".join(unmet) + ("; nothing was written" if output else ""))
 

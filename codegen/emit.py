@@ -1,0 +1,158 @@
+"""The kernels of programs as files a person reads: one a kernel, a test beside each, and an index of the launches."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fuser.codegen.attention import Attention
+from fuser.codegen.kernel import DTYPES
+from fuser.codegen.linear import Linear
+from fuser.codegen.plan import amount, repeated
+from fuser.codegen.program import Cached, Part, Program, Rows, Step, Weight
+from fuser.codegen.stub import INTERPRETER, stub
+from fuser.errors import OutputError, UsageError
+
+INDEX = "INDEX.md"
+MARK = "# Kernels of a fused model"
+
+
+def emit(folder: str | os.PathLike[str], programs: Sequence[Program], *, context: int) -> None:
+    """Writes the kernels of some programs to `folder`, whole or not at all; an earlier emission there is replaced.
+
+    Args:
+        context: keys of a sequence that the index counts bytes and operations for.
+
+    Raises:
+        UsageError: the folder holds something else.
+        OutputError: it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        _check(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        try:
+            for name, text in files(programs, context=context).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            temporary.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"kernels cannot be written to '{folder}': {error.strerror or error}") from error
+
+
+def _check(folder: Path) -> None:
+    """A folder that is new, empty, or an earlier emission."""
+    if not folder.exists():
+        if not folder.absolute().parent.is_dir():
+            raise UsageError(f"'{folder.parent}' is not a folder")
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise UsageError(f"'{folder}' is not a folder")
+    index = folder / INDEX
+    is_ours = index.is_file() and index.read_text(encoding="utf-8", errors="replace").startswith(MARK)
+    if not is_ours and any(folder.iterdir()):
+        raise UsageError(f"'{folder}' holds other files; give a new folder, or one of kernels that were written before")
+
+
+def files(programs: Sequence[Program], *, context: int) -> dict[str, str]:
+    """What `emit` writes, by file name."""
+    names: dict[str, str] = {}  # of kernels, by their text
+    made: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for program in programs:
+        for step in program.steps:
+            if step.kernel is not None and step.kernel.text not in names:
+                family = step.kernel.name
+                counts[family] = counts.get(family, 0) + 1
+                names[step.kernel.text] = name = f"{family}_{counts[family]}"
+                made[f"{name}.py"] = step.kernel.text
+                made[f"test_{name}.py"] = stub(name, step.kernel, step.what)
+    made["interpreter.py"] = INTERPRETER
+    made[INDEX] = _index(programs, names, context)
+    return made
+
+
+def _index(programs: Sequence[Program], names: dict[str, str], context: int) -> str:
+    lines = [
+        MARK,
+        "",
+        "Every file but this one and `interpreter.py` is a kernel, a Triton module with `kernel` and `launch`, or its test:",
+        "`python test_NAME.py` runs it beside what it computes, on a CUDA device or in Triton's interpreter.",
+    ]
+    for program in programs:
+        kind = "a token of every sequence" if program.decode else "any tokens of any sequences"
+        lines += [
+            "",
+            f"## {kind[0].upper()}{kind[1:]}, {program.tokens} at most, {program.dtype}",
+            "",
+            f"Bytes and operations at {program.tokens} tokens, {context} keys a sequence; torch: no kernel of its own.",
+            "",
+            "| launch | kernel | moves | computes | configuration | of |",
+            "|---|---|---|---|---|---|",
+        ]
+        rows = [_row(step, program, names, context) for step in program.steps]
+        number = 1
+        for count, run in repeated(rows, [row[:-1] for row in rows]):
+            if count > 1:
+                lines.append(f"| | *{count} times:* | | | | |")
+            for row in run:
+                lines.append(f"| {number} | {' | '.join(row)} |")
+                number += 1
+            number += (count - 1) * len(run)
+    return "\n".join([*lines, ""])
+
+
+def _row(step: Step, program: Program, names: dict[str, str], context: int) -> tuple[str, ...]:
+    if step.kernel is None:
+        name = "torch: product" if step.kind == "product" else f"torch: {step.nodes[0].op}"
+        chosen = step.reason
+    else:
+        name = f"[{names[step.kernel.text]}]({names[step.kernel.text]}.py)"
+        shown = {k: v for k, v in step.kernel.constants.items() if k.startswith(("BLOCK", "SPLITS"))}
+        chosen = ", ".join(f"{k} {v}" for k, v in (shown | dict(step.kernel.options)).items())
+    module = "".join(c if c.isalnum() or c in "._[]-" else "?" for c in step.origin.module)
+    moved, done = moved_bytes(step, program, context), operations(step, program, context)
+    return name, f"{amount(moved)}B", f"{amount(done)}FLOP" if done else "", chosen, f"`{module}`" if module else ""
+
+
+def moved_bytes(step: Step, program: Program, context: int) -> int:
+    """Bytes that a step reads and writes at least, for all the program's tokens and `context` keys a sequence."""
+    size, tokens = DTYPES[program.dtype], program.tokens
+    sequences = tokens if program.decode else 1
+    total = 0
+    for argument in step.arguments:
+        if isinstance(argument, (Rows, Part)):
+            total += tokens * argument.width * size
+        elif isinstance(argument, Cached):
+            state = argument.state
+            rows = tokens
+            if isinstance(step.what, Attention):
+                rows = sequences * min(context, state.window or context)
+            total += rows * state.kv_heads * state.head_dim * size
+        elif isinstance(argument, Weight) and argument.base is not None:
+            if argument.kind == "table":
+                total += tokens * (argument.base.size // argument.base.shape[0]) * size
+            elif argument.kind == "linear":
+                total += argument.base.size * size
+    return total
+
+
+def operations(step: Step, program: Program, context: int) -> int:
+    """Floating-point operations of a step's products, a multiply-add as two."""
+    what: Any = step.what
+    if isinstance(what, Linear):
+        return 2 * program.tokens * what.N * what.K
+    if isinstance(what, Attention):
+        keys = min(context, what.window or context)
+        return 4 * program.tokens * keys * what.heads * what.head_dim
+    if step.kind == "product":
+        weight = step.arguments[1]
+        return 2 * program.tokens * weight.base.size if isinstance(weight, Weight) and weight.base is not None else 0
+    return 0
