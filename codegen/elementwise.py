@@ -73,6 +73,23 @@ class Elementwise:
     dtype: str = "bf16"
 
 
+def norm(
+    kind: str, D: int, *, eps: float, dtype: str = "bf16", skip: bool = False, weight: bool = True, bias: bool = False
+) -> Elementwise:
+    """rms_norm or layer_norm (`kind` "rms" or "layer") of x, with `skip` of x + skip: x, [skip,] [weight,] [bias,] y[, sum]."""
+    steps = [Computed("Add", (("input", 0), ("input", 1)))] * skip
+    vectors = [("input", 1 + skip + i) for i in range(weight + bias)]
+    steps.append(Computed(f"{kind}_norm", (("step", 0) if skip else ("input", 0), *vectors), eps))
+    inputs = (*[Row()] * (1 + skip), *[Column()] * len(vectors))
+    return Elementwise(D, inputs, tuple(steps), (1, 0) if skip else (0,), dtype=dtype)
+
+
+def gate(F: int, *, activation: str, dtype: str = "bf16") -> Elementwise:
+    """activation(gate) * up: gate, up, y."""
+    step = Computed("gated", (("input", 0), ("input", 1)), activation=activation)
+    return Elementwise(F, (Row(), Row()), (step,), (0,), dtype=dtype)
+
+
 def elementwise(what: Elementwise, *, num_warps: int | None = None) -> Kernel:
     """The kernel of `what`: launch(*inputs, *outputs): rows [tokens, groups D] of any stride, vectors [D], outputs contiguous.
 
@@ -80,6 +97,8 @@ def elementwise(what: Elementwise, *, num_warps: int | None = None) -> Kernel:
         UsageError: an operator that the family does not have, a row too long for a norm, another dtype.
     """
     is_whole = any(step.op in NORMS for step in what.steps)
+    if any(step.activation and step.activation not in ACTIVATIONS for step in what.steps):
+        raise UsageError(f"codegen: an activation is {', '.join(ACTIVATIONS)}")
     if is_whole and what.D > LONGEST_ROW:
         raise UsageError(f"codegen: a row of a norm has at most {LONGEST_ROW} elements, not {what.D}")
     BLOCK = power_of_two(what.D) if is_whole else min(TILE, power_of_two(what.D))

@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fuser.codegen import attention, cache, rotary, rowwise
+from fuser.codegen import attention, cache, embedding, matmul, rotary, sampling
+from fuser.codegen.elementwise import elementwise, gate, norm
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.linear import Linear, linear
 
@@ -45,12 +46,21 @@ def linears(tokens: int) -> Iterator[tuple[str, Linear]]:
 def kernels() -> Iterator[tuple[str, Kernel]]:
     """What a layer of Llama-2-7B and of Llama-3-8B takes, and each part of each family once."""
     for dtype in ("bf16", "fp16", "fp32"):
-        yield f"rms_norm 4096 {dtype}", rowwise.norm("rms", 4096, eps=1e-5, dtype=dtype)
-        yield f"skip_rms_norm 4096 {dtype}", rowwise.norm("rms", 4096, eps=1e-5, dtype=dtype, skip=True)
-    yield "layer_norm 14336", rowwise.norm("layer", 14336, eps=1e-5, bias=True)
-    yield "skip_layer_norm 2560", rowwise.norm("layer", 2560, eps=1e-5, bias=True, skip=True)
+        yield f"rms_norm 4096 {dtype}", elementwise(norm("rms", 4096, eps=1e-5, dtype=dtype))
+        yield f"skip_rms_norm 4096 {dtype}", elementwise(norm("rms", 4096, eps=1e-5, dtype=dtype, skip=True))
+    yield "layer_norm 14336", elementwise(norm("layer", 14336, eps=1e-5, bias=True))
+    yield "skip_layer_norm 2560", elementwise(norm("layer", 2560, eps=1e-5, bias=True, skip=True))
     for activation in ("silu", "gelu", "gelu_tanh"):
-        yield f"gate {activation} 11008", rowwise.gate(11008, activation=activation)
+        yield f"gate {activation} 11008", elementwise(gate(11008, activation=activation))
+    yield "embedding", embedding.embedding(embedding.Embedding(4096, (128256,)))
+    for k in (1, 50, 256):
+        yield f"top {k}", sampling.top(sampling.Top(128256, k))
+        yield f"draw {k}", sampling.draw(k)
+    yield "top noise", sampling.top(sampling.Top(128256, 1, noise=True))
+    for dtype in ("bf16", "fp16", "fp32"):
+        gated = matmul.Matmul(28672, 4096, dtype, activation="silu", gated=True)
+        yield f"matmul gate_up {dtype}", matmul.matmul(gated)
+        yield f"matmul residual {dtype}", matmul.matmul(matmul.Matmul(4096, 14336, dtype, bias=True, residual=True))
     for tokens in (1, 16, 64):
         for name, what in linears(tokens):
             yield f"{name} M{tokens}", linear(what)

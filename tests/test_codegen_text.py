@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fuser.codegen import attention, linear, rotary, rowwise
+from fuser.codegen import attention, embedding, linear, matmul, rotary, sampling
+from fuser.codegen.elementwise import elementwise, gate, norm
 from fuser.codegen.kernel import Kernel
 
 GOLDEN = Path(__file__).parent / "emitted"
@@ -23,12 +24,16 @@ def kernels() -> dict[str, Kernel]:
     turning = rotary.Rotary(32, 8, 128, 128)
     qkv = linear.Linear(6144, 4096, norm="rms", norm_eps=1e-6, rotary=turning, head_norm_eps=1e-6)
     return {
-        "skip_rms_norm": rowwise.norm("rms", 4096, eps=1e-5, skip=True),
-        "layer_norm": rowwise.norm("layer", 2560, eps=1e-12, bias=True),
-        "gate": rowwise.gate(11008, activation="silu"),
+        "skip_rms_norm": elementwise(norm("rms", 4096, eps=1e-5, skip=True)),
+        "layer_norm": elementwise(norm("layer", 2560, eps=1e-12, bias=True)),
+        "gate": elementwise(gate(11008, activation="silu")),
         "linear_norm_gate_up": linear.linear(gate_up),
         "linear_norm_qkv_rotary": linear.linear(qkv),
         "linear_residual_parts": linear.linear(linear.Linear(4096, 4096, tokens=16, residual=True)),
+        "matmul_gate_up": matmul.matmul(matmul.Matmul(22016, 4096, activation="silu", gated=True)),
+        "embedding": embedding.embedding(embedding.Embedding(4096, (32000,))),
+        "top": sampling.top(sampling.Top(32000, 50)),
+        "draw": sampling.draw(50),
         "rotary_cache_write": rotary.rotary_cache_write(turning),
         "paged_decode_parts": attention.decode(attend, splits=8),
         "paged_prefill_extras": attention.prefill(extras),

@@ -1,7 +1,7 @@
-"""LayerNorm of rows of 2560.
+"""layer_norm over rows of 2560.
 
-Grid: (rows,). One program holds one row in registers: it is read once and written once.
-Statistics and scaling in float32, rounded once.
+Grid: (rows,). One program computes 4096 columns of one row.
+In float32, rounded where a value is stored; what follows takes it as stored.
 """
 
 import triton
@@ -10,35 +10,35 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    x,
-    weight,
-    bias,
-    y,
+    x0,
+    x1,
+    x2,
+    y0,
+    x0_stride,
     D: tl.constexpr = 2560,
-    EPS: tl.constexpr = 1e-12,
     BLOCK: tl.constexpr = 4096,
     PDL: tl.constexpr = False,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    start = tl.program_id(0).to(tl.int64) * D
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < D
-    row = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
-    row -= tl.sum(row, 0) / D
-    row = tl.where(inside, row, 0.0)
-    row *= tl.rsqrt(tl.sum(row * row, 0) / D + EPS)
-    row *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    row += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + start + columns, row, mask=inside)
+    a0 = tl.load(x0 + row * x0_stride + columns, mask=columns < D, other=0.0).to(tl.float32)
+    a1 = tl.load(x1 + columns, mask=columns < D, other=0.0).to(tl.float32)
+    a2 = tl.load(x2 + columns, mask=columns < D, other=0.0).to(tl.float32)
+    s0 = a0 - tl.sum(tl.where(columns < D, a0, 0.0), 0) / D
+    s0 = s0 * tl.rsqrt(tl.sum(tl.where(columns < D, s0 * s0, 0.0), 0) / D + 1e-12)
+    s0 = s0 * a1
+    s0 = s0 + a2
+    tl.store(y0 + row * (D) + columns, s0, mask=columns < D)
 
 
 OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
 
 
-def launch(x, weight, bias, y, pdl=False):
-    """Fills y; rows are contiguous."""
-    rows = x.numel() // 2560
+def launch(x0, x1, x2, y0, pdl=False):
+    """Fills y0; other rows may be strided."""
+    rows = y0.shape[0]
     if rows:
-        kernel[(rows,)](x, weight, bias, y, num_warps=8, num_stages=1, **(OVERLAPPED if pdl else {}))
+        kernel[(rows,)](x0, x1, x2, y0, x0.stride(0), num_warps=8, num_stages=1, **(OVERLAPPED if pdl else {}))
