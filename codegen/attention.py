@@ -53,7 +53,7 @@ def decode(
     """
     BLOCK_M = max(power_of_two(what.group), 16)
     many = BLOCK_M >= 64  # rows, whose sums and scores must fit the registers
-    BLOCK_T = BLOCK_T or (32 if many else 16)
+    BLOCK_T = BLOCK_T or 16
     num_warps = num_warps or (8 if many else 2 if what.head_dim > 128 else 1)
     return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
 

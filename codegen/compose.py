@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fuser import dims
-from fuser.codegen import attention as paged
 from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.attention import Attention
 from fuser.codegen.compose_linear import Product, folds, product_of
@@ -16,10 +15,11 @@ from fuser.codegen.compose_rows import Run
 from fuser.codegen.elementwise import Column, Computed, Elementwise, Row, elementwise
 from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import ACTIVATIONS, Kernel
-from fuser.codegen.linear import MOST_TOKENS, Linear, linear
+from fuser.codegen.linear import MOST_TOKENS, Linear
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
 from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
 from fuser.codegen.rotary import Rotary, rotary_cache_write
+from fuser.codegen.tuning import Problem, Table
 from fuser.constants import Constant
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
@@ -39,8 +39,10 @@ INDEPENDENT = ELEMENTWISE | {
 }
 
 
-def compose(graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bool | None = None) -> Program:
-    """The program of a fused decoder for at most `tokens` new tokens.
+def compose(
+    graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bool | None = None, table: Table | None = None
+) -> Program:
+    """The program of a fused decoder for at most `tokens` new tokens, by the choices of `table`, or by default ones.
 
     With `decode`, by default where there are at most 64, every sequence has one new token; without, each has any number.
 
@@ -50,16 +52,16 @@ def compose(graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bo
     decode = tokens <= MOST_TOKENS if decode is None else decode
     if tokens < 1 or (decode and tokens > MOST_TOKENS):
         raise UsageError(f"codegen: a decode step takes 1 to {MOST_TOKENS} tokens, not {tokens}")
-    return _Composer(graph, dtype, tokens, page, decode).program()
+    return _Composer(graph, dtype, tokens, page, decode, table or Table("")).program()
 
 
 class _Composer:
     """One program being composed; `places` are where the values are that steps have made."""
 
-    def __init__(self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool) -> None:
+    def __init__(self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool, table: Table) -> None:
         graph = split(graph)
         self.launches = grouped(graph, "decode")
-        self.decode = decode
+        self.decode, self.table = decode, table
         nodes = [node for launch in self.launches for node in launch.nodes]
         self.inputs = _inputs(graph)
         self.tokens = _tokens(self.inputs)
@@ -113,6 +115,9 @@ class _Composer:
         origin = Origin.union(node.origin for node in nodes)
         self.made.steps.append(Step("kernel", arguments, origin, kernel, what, by_sequence=each))
 
+    def _chosen(self, problem: Problem) -> Kernel:
+        return problem.kernel(self.table.chosen(problem))
+
     # Products
 
     def _linear(self, launch: Launch) -> None:
@@ -160,7 +165,7 @@ class _Composer:
         for name, node in zip("qk", found.head_norms or (), strict=False):
             tensors[f"{name}_norm_weight"] = _vector(node.inputs[1], node)
         tensors["y"] = self._results(found)
-        self._add(linear(what), what, [tensors[name] for name in what.tensors], found.nodes)
+        self._add(self._chosen(Problem(what)), what, [tensors[name] for name in what.tensors], found.nodes)
 
     def _results(self, found: Product) -> Rows:
         """The rows of a product; of several results side by side, a part for each."""
@@ -289,12 +294,8 @@ class _Composer:
         if not self.decode:
             tensors += [Input("query_starts"), Input("longest")]
         y = self._new(node.output, node)
-        if self.decode:
-            keys = min(CONTEXT, state.window or CONTEXT)
-            splits = paged.default_splits(what, self.made.tokens, keys)
-            kernel = paged.decode(what, splits=splits)
-        else:
-            kernel = paged.prefill(what)
+        sequences, keys = (self.made.tokens, min(CONTEXT, state.window or CONTEXT)) if self.decode else (1, CONTEXT)
+        kernel = self._chosen(Problem(what, sequences, keys, self.decode))
         self._add(kernel, what, [*tensors, y], [node], each=self.decode)
 
     # Everything else

@@ -80,7 +80,7 @@ def norm(
     steps = [Computed("Add", (("input", 0), ("input", 1)))] * skip
     vectors = [("input", 1 + skip + i) for i in range(weight + bias)]
     steps.append(Computed(f"{kind}_norm", (("step", 0) if skip else ("input", 0), *vectors), eps))
-    inputs = (*[Row()] * (1 + skip), *[Column()] * len(vectors))
+    inputs: tuple[Input, ...] = (*[Row()] * (1 + skip), *[Column()] * len(vectors))
     return Elementwise(D, inputs, tuple(steps), (1, 0) if skip else (0,), dtype=dtype)
 
 

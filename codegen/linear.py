@@ -132,7 +132,8 @@ def default_tiling(what: Linear) -> Tiling:
     if what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
         BLOCK_N, BLOCK_K = whole_head or 16, 32
     BLOCK_K = max(min(power_of_two(what.K), BLOCK_K), 16)
-    return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K), num_warps=4, num_stages=4)
+    warps = 8 if whole_head and what.tokens > 32 else 4
+    return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K), num_warps=warps, num_stages=4)
 
 
 def _columns(what: Linear) -> int:

@@ -94,8 +94,8 @@ def matmul(what: Matmul, tiles: Tiles | None = None) -> Kernel:
 def default_tiles(what: Matmul) -> Tiles:
     """Tiles that are good without a search."""
     if what.dtype == "fp32":  # without tensor cores, whose precision is less
-        return Tiles(64, 32 if what.gated else 64, 32, num_warps=4, num_stages=2)
-    return Tiles(BLOCK_N=64) if what.gated else Tiles(BLOCK_N=256)
+        return Tiles(32, 32, 32, num_warps=4, num_stages=2)
+    return Tiles(BLOCK_N=64) if what.gated else Tiles(num_stages=4)
 
 
 def _places(e: Emitter, what: Matmul, sides: tuple[str, ...]) -> None:

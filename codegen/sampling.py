@@ -68,7 +68,7 @@ def top(what: Top, *, BLOCK: int | None = None, num_warps: int = 8) -> Kernel:
     if not 1 <= what.k <= min(MOST, what.V):
         raise UsageError(f"codegen: 1 to {min(MOST, what.V)} candidates are taken, not {what.k}")
     K = power_of_two(what.k)
-    BLOCK = max(BLOCK or min(4096, power_of_two(what.V)), K)
+    BLOCK = max(BLOCK or min(4096 if K == 1 else 2048, power_of_two(what.V)), K)
     parts = -(-what.V // BLOCK)
     e = Emitter(
         "top",

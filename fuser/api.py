@@ -9,6 +9,7 @@ import onnx
 from fuser.codegen.compose import compose
 from fuser.codegen.emit import emit
 from fuser.codegen.plan import REGIMES, Launch, plan
+from fuser.codegen.program import Program
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
@@ -58,9 +59,17 @@ class FusedModel:
             UnsupportedOperator: a node that no step over pages computes.
             OutputError: the folder cannot be written.
         """
-        decode = compose(self.graph, dtype=dtype, tokens=tokens, decode=True)
         prefill = compose(self.graph, dtype=dtype, tokens=PREFILL_TOKENS, decode=False)
-        emit(folder, [decode, prefill], context=context)
+        emit(folder, [self.program(dtype=dtype, tokens=tokens), prefill], context=context)
+
+    def program(self, *, dtype: str = "bf16", tokens: int = 1) -> Program:
+        """The kernels of a decode step over paged caches, for at most `tokens` (1 to 64) sequences of a new token each.
+
+        Raises:
+            UsageError: another number of tokens, an unknown dtype.
+            UnsupportedOperator: a node that no step over pages computes.
+        """
+        return compose(self.graph, dtype=dtype, tokens=tokens, decode=True)
 
     def explain(self, *, everything: bool = False) -> str:
         """By layer what was fused, and why the rest was not, the likeliest reasons first.

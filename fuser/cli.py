@@ -271,6 +271,66 @@ def plan_kernels(
         print(_lines(plan.text(launches, _sizes(size or [], "--size"))))
 
 
+@app.command(context_settings=HELP)
+def tune(
+    model: Annotated[
+        Path | None, typer.Argument(help="The ONNX file whose kernels are tuned; without it those of --shapes.")
+    ] = None,
+    shapes: Annotated[str, typer.Option(help="Well-known models to tune for.")] = "llama-2-7b,llama-3-8b",
+    tokens: Annotated[str, typer.Option(help="Tokens of the decode steps.")] = "1,16,64",
+    dtype: Annotated[str, typer.Option(help="Element type: bf16, fp16 or fp32.")] = "bf16",
+    seconds: Annotated[float, typer.Option(help="The time that may be taken.")] = 300.0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search the fastest configurations of kernels on this machine's GPU, and keep them in the user's cache folder.
+
+    What was found before stays where nothing faster is measured in its place. Exit codes: those of `fuse`.
+    """
+    with _failing(quiet=quiet, verbose=verbose) as (console, progress):
+        from fuser import tuning
+
+        counts = _counts(tokens)
+        if model is None:
+            problems = tuning.standard(counts, dtype, [name.strip() for name in shapes.split(",")])
+        else:
+            from fuser import api
+
+            fused = api.fuse(model, target="functions", verify=False, progress=progress)
+            programs = [fused.program(dtype=dtype, tokens=count) for count in counts]
+            problems = [problem for program in programs for problem in tuning.of_program(program)]
+        progress.stop()
+        say = (lambda text: None) if quiet else (lambda text: console.print(_line(text), markup=False))
+        found = tuning.tune(problems, seconds=seconds, say=say)
+        if not quiet:
+            console.print(_lines(found.text()), markup=False)
+
+
+@app.command(context_settings=HELP)
+def bench(
+    only: Annotated[str, typer.Option(help="Only what has this in its name.")] = "",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")] = True,
+    verbose: Verbose = False,
+) -> None:
+    """Measure emitted kernels beside torch's on this machine's GPU, with the share of the ceilings it measures first."""
+    with _failing(quiet=False, verbose=verbose) as (_, progress):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("the benchmark measures on a CUDA device, and there is none")
+        from fuser import bench as measuring
+
+        progress.stop()
+        measuring.main(only, compiled=compiled)
+
+
+def _counts(text: str) -> list[int]:
+    found = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) <= 64 for part in found):
+        raise UsageError(f"--tokens {text}: expected whole numbers from 1 to 64, with commas between")
+    return [int(part) for part in found]
+
+
 def _run(
     console: Console,
     progress: Progress,

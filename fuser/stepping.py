@@ -13,6 +13,7 @@ from fuser.codegen.compose import compose
 from fuser.codegen.elementwise import Elementwise
 from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, Step, Weight
 from fuser.codegen.rotary import Rotary
+from fuser.codegen.tuning import table_of
 from fuser.constants import Constant, Joined
 from fuser.dtypes import DType
 from fuser.evaluation import evaluate
@@ -89,6 +90,7 @@ class Stepper:
         self.weights = Weights(self.device, dtype, positions)
         self.pages = pages
         self.caches: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self.table = table_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self._bound: dict[tuple[int, bool], Bound] = {}
 
     def bound(self, tokens: int, *, decode: bool) -> "Bound":
@@ -99,7 +101,9 @@ class Stepper:
         """
         key = tokens, decode
         if key not in self._bound:
-            program = compose(self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode)
+            program = compose(
+                self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode, table=self.table
+            )
             for state in program.states:
                 if state.past not in self.caches:
                     shape = (self.pages, self.page, state.kv_heads, state.head_dim)

@@ -1,6 +1,6 @@
 """The 50 highest of 32000 logits, falling, and the logarithm of the sum of their exponentials.
 
-Grid: (rows, 8 parts of the vocabulary). One program takes 4096 logits of one row.
+Grid: (rows, 16 parts of the vocabulary). One program takes 2048 logits of one row.
 The last part of a row to arrive combines them all, in their order. In float32.
 """
 
@@ -41,10 +41,10 @@ def kernel(
     arrived,
     V: tl.constexpr = 32000,
     TOP: tl.constexpr = 50,
-    BLOCK: tl.constexpr = 4096,
+    BLOCK: tl.constexpr = 2048,
     BLOCK_K: tl.constexpr = 64,
-    PARTS: tl.constexpr = 8,
-    BLOCK_P: tl.constexpr = 8,
+    PARTS: tl.constexpr = 16,
+    BLOCK_P: tl.constexpr = 16,
     PDL: tl.constexpr = False,
 ):
     if PDL:
@@ -102,7 +102,7 @@ def launch(logits, temperature, values, indices, normalizer, partial, arrived, p
     """Fills values, indices and normalizer; all tensors are contiguous."""
     rows = logits.shape[0]
     if rows:
-        kernel[(rows, 8)](
+        kernel[(rows, 16)](
             logits,
             temperature,
             values,

@@ -1,0 +1,39 @@
+"""The launches of one layer, and of the vocabulary, of models that everybody measures by."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fuser.codegen.linear import Linear
+from fuser.codegen.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's widths: D hidden, F feed-forward, V vocabulary, H query and G key heads of Dh."""
+
+    D: int
+    F: int
+    V: int
+    H: int
+    G: int
+    Dh: int = 128
+
+    def linears(self, tokens: int, dtype: str = "bf16") -> Iterator[tuple[str, Linear]]:
+        """The products of a decode step, as they are launched."""
+        rotary = Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype)
+        width = (self.H + 2 * self.G) * self.Dh
+        yield "norm+qkv+rotary", Linear(width, self.D, tokens, dtype, norm="rms", norm_eps=1e-5, rotary=rotary)
+        yield "o+residual", Linear(self.D, self.H * self.Dh, tokens, dtype, residual=True)
+        gate_up = Linear(2 * self.F, self.D, tokens, dtype, norm="rms", norm_eps=1e-5, activation="silu")
+        yield "norm+gate_up+silu", gate_up
+        yield "down+residual", Linear(self.D, self.F, tokens, dtype, residual=True)
+
+    def vocabulary(self, tokens: int, dtype: str = "bf16") -> Linear:
+        """The last product."""
+        return Linear(self.V, self.D, tokens, dtype, norm="rms", norm_eps=1e-5)
+
+
+SHAPES = {
+    "llama-2-7b": Shape(4096, 11008, 32000, 32, 32),
+    "llama-3-8b": Shape(4096, 14336, 128256, 32, 8),
+}

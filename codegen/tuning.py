@@ -1,0 +1,260 @@
+"""Chosen configurations of kernels: what may be chosen, what was measured best on a GPU, and where that is kept.
+
+A kernel's description and the bucket of its sizes are a key; a choice is the arguments that its family takes. Tables of
+known GPUs ship with the package; a user's own results, in the cache folder, come before them.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fuser.codegen.attention import Attention, decode, default_splits, prefill
+from fuser.codegen.cache import cache_folder
+from fuser.codegen.elementwise import elementwise
+from fuser.codegen.kernel import Kernel, power_of_two
+from fuser.codegen.linear import Linear, Tiling, default_tiling, linear
+from fuser.codegen.rotary import Rotary, rotary_cache_write
+from fuser.errors import OutputError
+
+Choice = Mapping[str, int]
+SHIPPED = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A kernel to choose for: its description, and the sizes that it leaves open.
+
+    Of attention `sequences` and `tokens`, the keys of each, are given; `decode`: one query a sequence.
+    """
+
+    what: Any
+    sequences: int = 1
+    tokens: int = 0
+    decode: bool = True
+
+    @property
+    def key(self) -> str:
+        """What identifies it: the family, every field that is not the default, sizes in powers of two."""
+        name = type(self.what).__name__.lower()
+        if isinstance(self.what, Attention):
+            name = "decode" if self.decode else "prefill"
+        bucket = self.bucket
+        open_sizes = f" x{bucket.sequences} T{bucket.tokens}" if self.tokens else ""
+        return f"{name} {' '.join(_told(bucket.what))}{open_sizes}"
+
+    @property
+    def bucket(self) -> "Problem":
+        """The problem that stands for all of its key: sizes in powers of two, few tokens as many as a tile takes."""
+        what = self.what
+        if isinstance(what, Linear) and what.tokens > 1:
+            what = replace(what, tokens=max(power_of_two(what.tokens), 16))
+        return replace(self, what=what, sequences=power_of_two(self.sequences), tokens=power_of_two(self.tokens))
+
+    def kernel(self, choice: Choice | None = None) -> Kernel:
+        """The kernel by a choice, or by the default one.
+
+        Raises:
+            FuserError: the choice does not fit.
+        """
+        given: dict[str, Any] = dict(choice or self.default)
+        if isinstance(self.what, Linear):
+            return linear(self.what, Tiling(**given))
+        if isinstance(self.what, Attention):
+            return decode(self.what, **given) if self.decode else prefill(self.what, **given)
+        if isinstance(self.what, Rotary):
+            return rotary_cache_write(self.what, **given)
+        return elementwise(self.what, **given)
+
+    @property
+    def default(self) -> Choice:
+        """What is taken where nothing was measured."""
+        if isinstance(self.what, Linear):
+            return _arguments(default_tiling(self.what))
+        if isinstance(self.what, Attention) and self.decode:
+            return {"splits": default_splits(self.what, self.sequences, self.tokens)}
+        return {}
+
+    def candidates(self) -> Iterator[Choice]:
+        """What may be chosen for the bucket, its default first, each once."""
+        seen: list[Choice] = []
+        for choice in (self.bucket.default, *self.bucket._others()):
+            if choice not in seen:
+                seen.append(choice)
+                yield choice
+
+    def _others(self) -> Iterator[Choice]:
+        if isinstance(self.what, Linear):
+            yield from map(_arguments, _tilings(self.what))
+        elif isinstance(self.what, Attention):
+            yield from self._of_decode(self.what) if self.decode else _of_prefill(self.what)
+        elif isinstance(self.what, Rotary):
+            for heads, warps in ((1, 1), (2, 1), (4, 2), (8, 4), (16, 4)):
+                yield {"BLOCK_H": heads, "num_warps": warps}
+        else:
+            for warps in (1, 2, 4, 8, 16):
+                yield {"num_warps": warps}
+
+    def _of_decode(self, what: Attention) -> Iterator[Choice]:
+        groups = self.sequences * what.kv_heads
+        keys = min(self.tokens, what.window or self.tokens)
+        for BLOCK_T, warps, stages in (
+            (16, 1, 8), (32, 1, 6), (16, 2, 8), (64, 2, 4), (32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3),
+        ):  # fmt: skip
+            counts = {max(1, min(programs // groups, -(-keys // BLOCK_T))) for programs in (132, 264, 396, 528, 1056)}
+            for splits in sorted(counts | {1} if groups >= 128 else counts):
+                yield {"splits": splits, "BLOCK_T": BLOCK_T, "num_warps": warps, "num_stages": stages}
+
+
+def _told(what: Any) -> Iterator[str]:
+    """The fields of a description that are not the default, as name=value."""
+    for place in fields(what):
+        value = getattr(what, place.name)
+        if value == place.default:
+            continue
+        if hasattr(value, "__dataclass_fields__"):
+            yield f"{place.name}({' '.join(_told(value))})"
+        elif isinstance(value, tuple):
+            yield f"{place.name}={'+'.join(_item(item) for item in value)}"
+        elif not (isinstance(value, float) and place.name.endswith(("eps", "scale"))):  # numbers that cost nothing
+            yield f"{place.name}={value}"
+
+
+def _item(item: Any) -> str:
+    return str(getattr(item, "activation", "") or getattr(item, "op", "") or type(item).__name__.lower())
+
+
+def _arguments(tiling: Tiling) -> Choice:
+    return {place.name: getattr(tiling, place.name) for place in fields(tiling)}
+
+
+def _tilings(what: Linear) -> Iterator[Tiling]:
+    whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
+    if what.tokens == 1 and not whole_head:
+        for rows in (1, 2, 4):
+            for columns, warps in (
+                (512, 1),
+                (1024, 2),
+                (1024, 4),
+                (2048, 1),
+                (2048, 4),
+                (2048, 8),
+                (4096, 4),
+                (4096, 8),
+            ):
+                if rows * columns <= 8192:
+                    yield Tiling(rows, columns, 1, warps, 1)
+        return
+    if what.tokens == 1:
+        for columns, parts, warps in ((64, 8, 4), (64, 4, 4), (128, 8, 8), (32, 8, 4), (64, 16, 4)):
+            yield Tiling(whole_head, columns, parts, warps, 1)
+        return
+    for rows, columns, parts, warps, stages in (
+        (64, 128, 1, 4, 4), (64, 128, 2, 4, 4), (64, 64, 1, 4, 6), (64, 64, 2, 4, 6), (64, 64, 1, 4, 8), (64, 128, 4, 4, 4),
+        (16, 128, 1, 2, 6), (16, 256, 1, 4, 4), (32, 128, 1, 4, 4), (32, 128, 2, 4, 4), (32, 256, 2, 4, 3),
+        (64, 256, 1, 8, 3), (64, 256, 2, 8, 3), (128, 64, 1, 4, 5), (128, 64, 2, 4, 5), (128, 128, 2, 8, 3), (64, 128, 3, 4, 4),
+        (64, 128, 1, 8, 4), (64, 128, 1, 4, 5),
+    ):  # fmt: skip
+        if not whole_head or rows == whole_head:
+            yield Tiling(rows, columns, parts, warps, stages)
+
+
+def _of_prefill(what: Attention) -> Iterator[Choice]:
+    for BLOCK_M, BLOCK_T, warps, stages in (
+        (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
+        (64, 32, 4, 4), (128, 32, 4, 4),
+    ):  # fmt: skip
+        yield {"BLOCK_M": BLOCK_M, "BLOCK_T": BLOCK_T, "num_warps": warps, "num_stages": stages}
+
+
+@dataclass
+class Table:
+    """Measured choices of one GPU, by key: {"choice": {...}, "us": ..., "with": "versions"}."""
+
+    gpu: str
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def chosen(self, problem: Problem) -> Choice | None:
+        """What was measured best, if it was measured and may still be chosen: not by another version, or damaged."""
+        found = self.entries.get(problem.key, {}).get("choice")
+        return found if isinstance(found, dict) and found in problem.candidates() else None
+
+    def text(self) -> str:
+        """As JSON, sorted, a line an entry."""
+        rows = [
+            f"    {json.dumps(key)}: {json.dumps(self.entries[key], sort_keys=True)}" for key in sorted(self.entries)
+        ]
+        return f'{{\n  "gpu": {json.dumps(self.gpu)},\n  "entries": {{\n' + ",\n".join(rows) + "\n  }\n}\n"
+
+
+def table_of(gpu: str) -> Table:
+    """What is known of a GPU by torch's name of it: the shipped table, and the user's results over it."""
+    made = Table(gpu)
+    for path in (SHIPPED / f"{_slug(gpu)}.json", user_file(gpu)):
+        made.entries |= _read(path)
+    return made
+
+
+def record(gpu: str, entries: Mapping[str, dict[str, Any]]) -> Path:
+    """Adds results to the user's, whatever other processes write at the same time; the file appears whole.
+
+    Raises:
+        OutputError: the cache folder cannot be written.
+    """
+    path = user_file(gpu)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            merged = Table(gpu, _read(path) | dict(entries))
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(merged.text())
+                os.replace(temporary, path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OutputError(f"tuning results cannot be written to {path}: {error}") from error
+    return path
+
+
+def user_file(gpu: str) -> Path:
+    """Where a user's results for a GPU are kept."""
+    return cache_folder().parent / "tuning" / f"{_slug(gpu)}.json"
+
+
+def _slug(gpu: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in gpu.lower())
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """A file's entries, none where there is no file; a damaged one is set aside, with a warning."""
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return {}
+    try:
+        entries = json.loads(text)["entries"]
+        return {str(key): dict(entry) for key, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        aside = path.with_suffix(".damaged")
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
+        warnings.warn(f"tuning results in {path} cannot be read; they were moved to {aside.name}", stacklevel=2)
+        return {}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    import fcntl  # not on Windows, where there is no Triton either
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

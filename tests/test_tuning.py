@@ -1,0 +1,162 @@
+"""Tuning: what is searched, what is kept and by whom, and what is done with it; times are made up where there is no GPU."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fuser import tuning
+from fuser.cli import app
+from fuser.codegen.attention import Attention
+from fuser.codegen.compose import compose
+from fuser.codegen.linear import Linear
+from fuser.codegen.rotary import Rotary
+from fuser.codegen.tuning import Choice, Problem, Table, record, table_of, user_file
+from fuser.errors import UsageError
+from tests.test_stepper import fused
+
+GPU = "Some GPU 80GB"
+O = Problem(Linear(4096, 4096, residual=True))  # noqa: E741
+DECODE = Problem(Attention(32, 8, 128, 0.0884), 1, 4096)
+
+
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSER_CACHE_DIR", str(tmp_path))
+
+
+def searched(problems: list[Problem], measure: tuning.Measure, seconds: float = 1e6) -> tuning.Search:
+    return tuning.search(problems, measure, seconds=seconds, versions="made up", say=lambda text: None)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_every_candidate_is_a_kernel_or_refused(dtype: str) -> None:
+    for problem in tuning.standard([1, 16, 64], dtype, ["llama-2-7b", "llama-3-8b"]):
+        choices = list(problem.candidates())
+        assert choices[0] == problem.default and len(choices) > 3
+        assert problem.kernel(choices[0]).text == problem.kernel().text
+
+
+def test_keys_tell_kernels_apart_and_nothing_else() -> None:
+    problems = tuning.standard([1, 16, 64], "bf16", ["llama-2-7b", "llama-3-8b"])
+    assert len({problem.key for problem in problems}) == len(problems)
+    assert O.key == "linear N=4096 K=4096 residual=True"
+    assert (
+        Problem(Linear(4096, 4096, norm="rms", norm_eps=1e-5)).key
+        == Problem(Linear(4096, 4096, norm="rms", norm_eps=1e-6)).key
+    )
+    assert Problem(DECODE.what, 1, 3000).key == DECODE.key != Problem(DECODE.what, 2, 4096).key
+    few = [Problem(Linear(64, 64, tokens=count)).key for count in (1, 2, 5, 16, 17, 32, 33, 64)]
+    assert len(set(few)) == 4 and len(set(few[1:4])) == len(set(few[4:6])) == len(set(few[6:])) == 1
+    turning = Problem(Linear(6144, 4096, rotary=Rotary(32, 8, 128, 128)))
+    assert turning.key == "linear N=6144 K=4096 rotary(heads=32 kv_heads=8 head_dim=128 rotary_dim=128)"
+
+
+def test_the_fastest_that_is_right_is_kept() -> None:
+    def measure(problem: Problem, choice: Choice) -> float:
+        if choice.get("num_warps") == 8:
+            return float("inf")  # fast, and wrong
+        if choice.get("num_warps") == 1:
+            raise RuntimeError("out of resources")
+        return 10.0 - choice.get("BLOCK_N", 0)
+
+    found = searched([O], measure)
+    entry = found.entries[O.key]
+    assert entry["choice"]["BLOCK_N"] == 4 and entry["us"] == 6.0 and entry["with"] == "made up"
+    assert any("wrong" in reason for reason in found.wrong) and any("RuntimeError" in r for r in found.wrong)
+    record(GPU, found.entries)
+    assert table_of(GPU).chosen(O) == entry["choice"]
+    assert "BLOCK_N: tl.constexpr = 4" in O.kernel(table_of(GPU).chosen(O)).text
+
+
+def test_time_ends_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(10**6))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    found = searched([O, DECODE, Problem(Linear(8, 8))], lambda problem, choice: 1.0, seconds=8)
+    assert found.left >= 1 and found.tried < 10 and "for want of time" in found.text()
+    assert O.key in found.entries
+
+
+def test_results_are_a_line_each_and_sorted() -> None:
+    path = record(GPU, {"b": {"us": 1.0, "choice": {}}, "a": {"us": 2.0, "choice": {}}})
+    lines = path.read_text().splitlines()
+    assert [line.split('"')[1] for line in lines[3:5]] == ["a", "b"] and json.loads(path.read_text())["gpu"] == GPU
+    record(GPU, {"c": {"us": 3.0, "choice": {}}})
+    assert set(table_of(GPU).entries) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"entries": 3}', '{"entries": {"k": 7}}', "\x00\xff", "[" * 100_000])
+def test_damaged_results_are_set_aside(text: str) -> None:
+    user_file(GPU).parent.mkdir(parents=True)
+    user_file(GPU).write_text(text)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert table_of(GPU).chosen(O) is None
+    assert user_file(GPU).with_suffix(".damaged").read_text() == text and not user_file(GPU).exists()
+    record(GPU, {O.key: {"choice": dict(O.default), "us": 1.0}})
+    assert table_of(GPU).chosen(O) == dict(O.default)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"BLOCK": 3}, {**O.default, "BLOCK_N": 3}, {**O.default, "splits": 99}, {"BLOCK_N": "x"}, [], None]
+)
+def test_choices_that_do_not_fit_are_not_taken(choice: object) -> None:
+    assert Table(GPU, {O.key: {"choice": choice}}).chosen(O) is None
+
+
+def _record_many(folder: str, name: str) -> None:
+    os.environ["FUSER_CACHE_DIR"] = folder
+    for i in range(20):
+        record(GPU, {f"{name} {i}": {"choice": {}, "us": float(i)}})
+
+
+def test_processes_lose_nothing_of_one_another(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_record_many, args=(str(tmp_path), name)) for name in "abc"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(table_of(GPU).entries) == 60
+    assert [file.suffix for file in user_file(GPU).parent.iterdir() if file.suffix not in (".json", ".lock")] == []
+
+
+def test_a_program_is_composed_by_what_was_chosen() -> None:
+    plain = compose(fused("llama"), dtype="bf16", tokens=1)
+    problems = tuning.of_program(plain)
+    first = next(problem for problem in problems if isinstance(problem.what, Linear))
+    choice = list(first.candidates())[1]
+    chosen = compose(fused("llama"), dtype="bf16", tokens=1, table=Table(GPU, {first.key: {"choice": choice}}))
+    changed = [a.what for a, b in zip(plain.steps, chosen.steps, strict=True) if a.kernel != b.kernel]
+    assert changed and all(what == first.what for what in changed)
+
+
+def test_the_command_wants_a_gpu_and_known_shapes() -> None:
+    import torch
+
+    unknown = CliRunner().invoke(app, ["tune", "--shapes", "llama-9"])
+    assert unknown.exit_code == 2 and "llama-2-7b" in unknown.output
+    assert CliRunner().invoke(app, ["tune", "--tokens", "0"]).exit_code == 2
+    if not torch.cuda.is_available():
+        for command in (["tune"], ["bench"]):
+            result = CliRunner().invoke(app, command)
+            assert result.exit_code == 2 and "CUDA device" in result.output
+
+
+def test_an_unknown_shape_is_refused() -> None:
+    with pytest.raises(UsageError, match="no shape 'gpt-9'"):
+        tuning.standard([1], "bf16", ["gpt-9"])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tuning_measures_and_keeps() -> None:
+    import torch
+
+    problems = [O, Problem(Attention(32, 8, 128, 0.0884), 2, 300)]
+    found = tuning.tune(problems, seconds=60, say=lambda text: None)
+    assert set(found.entries) == {problem.key for problem in problems} and found.tried > 4
+    table = table_of(torch.cuda.get_device_name())
+    assert all(table.chosen(problem) is not None for problem in problems)
