@@ -67,8 +67,9 @@ def default_splits(what: Attention, sequences: int, tokens: int) -> int:
 
 
 def prefill(
-    what: Attention, *, BLOCK_M: int = 64, BLOCK_T: int | None = None, num_warps: int | None = None, num_stages: int = 2
-) -> Kernel:
+    what: Attention, *, BLOCK_M: int | None = None, BLOCK_T: int | None = None, num_warps: int | None = None,
+    num_stages: int = 2,
+) -> Kernel:  # fmt: skip
     """The kernel of `what` for any number of queries a sequence.
 
     launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y): q, y [tokens, H,
@@ -78,8 +79,10 @@ def prefill(
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
     """
-    BLOCK_T = BLOCK_T or (32 if what.head_dim > 64 else 64)  # sums and scores must fit the registers
-    warps = num_warps or (8 if what.head_dim > 128 else 4)
+    wide = what.head_dim > 128 or what.dtype == "fp32"  # sums and scores must fit the registers
+    BLOCK_M = BLOCK_M or (64 if wide or what.head_dim <= 64 else 128)
+    BLOCK_T = BLOCK_T or (32 if wide else 64)
+    warps = num_warps or (4 if what.head_dim <= 64 or (wide and what.head_dim <= 128) else 8)
     return _Composition(what, BLOCK_M, BLOCK_T, None, warps, num_stages).kernel()
 
 

@@ -122,18 +122,19 @@ def default_tiling(what: Linear) -> Tiling:
     """A tiling that is good without a search: whole rows of W by wide loads, K in parts where there are few rows."""
     pairs = what.pairs or what.rotary is not None  # two rows of W for each of a program's columns
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
+    if what.tokens == 1 and (what.by_input or whole_head):
+        BLOCK_N, BLOCK_K = whole_head or 64, min(power_of_two(what.K), 64)
+        return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K, 400), num_warps=4, num_stages=1)
     if what.tokens == 1:
-        BLOCK_K = min(power_of_two(what.K), 64 if what.by_input else 64 if whole_head else 2048)
-        BLOCK_N = whole_head or (64 if what.by_input else (1 if pairs else 2))
-        splits = _splits(what, BLOCK_N, BLOCK_K) if what.by_input or whole_head else 1
-        return Tiling(BLOCK_N, BLOCK_K, splits, num_warps=4, num_stages=1)
-    BLOCK_N = whole_head or (32 if pairs else 64)
-    BLOCK_K = 128 if what.tokens <= 32 else 64
+        BLOCK_K = min(power_of_two(what.K), 2048 if pairs else 4096)
+        return Tiling(1, BLOCK_K, num_warps=max(BLOCK_K // 512, 1), num_stages=1)
     if what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
-        BLOCK_N, BLOCK_K = whole_head or 16, 32
+        BLOCK_N, BLOCK_K, stages = whole_head or 16, 32, 4
+    else:
+        BLOCK_N, BLOCK_K, stages = whole_head or 64, *((128, 4) if what.tokens <= 32 else (64, 6))
     BLOCK_K = max(min(power_of_two(what.K), BLOCK_K), 16)
     warps = 8 if whole_head and what.tokens > 32 else 4
-    return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K), num_warps=warps, num_stages=4)
+    return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K, 132), num_warps=warps, num_stages=stages)
 
 
 def _columns(what: Linear) -> int:
@@ -141,11 +142,11 @@ def _columns(what: Linear) -> int:
     return what.N // 2 if what.rotary is not None else what.width
 
 
-def _splits(what: Linear, BLOCK_N: int, BLOCK_K: int) -> int:
-    """Parts of K so that some four hundred programs run, each of at least four steps."""
+def _splits(what: Linear, BLOCK_N: int, BLOCK_K: int, most: int) -> int:
+    """Parts of K so that at most so many programs run, where they are few, each of at least four steps."""
     programs = -(-_columns(what) // BLOCK_N)
     steps = -(-what.K // BLOCK_K)
-    wanted = max(min(400 // programs, steps // 4), 1)
+    wanted = max(min(most // programs, steps // 4), 1)
     return -(-steps // -(-steps // wanted))
 
 

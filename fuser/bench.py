@@ -94,12 +94,13 @@ def works(table: Table) -> Iterator[Work]:
         yield Work(f"M4096 {name}", matmul_trial(large, 4096), matmul(large), "default")
 
 
-def _skip_norm(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
-    return functional.rms_norm(x + skip, (x.shape[-1],), weight, 1e-5)
+def _skip_norm(x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + skip
+    return functional.rms_norm(total, (x.shape[-1],), weight, 1e-5), total
 
 
-def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    return functional.silu(gate) * up
+def _silu_gate(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (functional.silu(gate) * up,)
 
 
 def line(work: Work, copy: float, product: float, *, compiled: bool) -> str:

@@ -1,7 +1,7 @@
 """Kernels tried on a CUDA device: are they right, and how long do they take on inputs that are not in the cache."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from fuser.codegen.rotary import Rotary
 
 SETS_BYTES = 300 << 20  # that inputs rotate through: several times any cache
 MOST_SETS = 40
+DRAWN = True  # whether inputs hold random numbers; to compile a kernel they need not
 LAUNCHES = 20  # of one graph, at least
 REPLAYS = 12  # of which the first two do not count
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -121,6 +122,8 @@ class _Drawn:
         self.size = torch.empty((), dtype=self.dtype).element_size()
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        if not DRAWN:
+            return self.empty(*shape)
         return (torch.randn(*shape, device="cuda") * scale).to(self.dtype)
 
     def empty(self, *shape: int) -> Tensor:
@@ -256,8 +259,8 @@ def rotary_trial(what: Rotary, tokens: int) -> Trial:
     return Trial(what, 2 * tokens * width * drawn.size, 0, sets, results, expected, peers)
 
 
-def rows_trial(what: Elementwise, rows: int, by_torch: Callable[..., Tensor]) -> Trial:
-    """A chain, beside `by_torch` of its inputs, which gives its first output."""
+def rows_trial(what: Elementwise, rows: int, by_torch: Callable[..., Sequence[Tensor]]) -> Trial:
+    """A chain, beside `by_torch`, which gives its outputs for its inputs."""
     drawn, width = _Drawn(what.dtype), what.groups * what.D
     count = sum(not isinstance(kind, Column) for kind in what.inputs) + len(what.outputs)
     made = [drawn.empty(rows, width) for _ in what.outputs]
@@ -272,8 +275,8 @@ def rows_trial(what: Elementwise, rows: int, by_torch: Callable[..., Tensor]) ->
         "compiled": lambda i: compiled(*sets[i][:inputs]),
     }
     return Trial(
-        what, rows * width * drawn.size * count, 0, sets, made[:1],
-        lambda: [by_torch(*(x.double() for x in sets[0][:inputs]))], peers,
+        what, rows * width * drawn.size * count, 0, sets, made,
+        lambda: list(by_torch(*(x.double() for x in sets[0][:inputs]))), peers,
     )  # fmt: skip
 
 

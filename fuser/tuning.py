@@ -153,9 +153,13 @@ class Measuring:
         self.trial: Any = None
 
     def __call__(self, problem: Problem, choice: Choice) -> float:
+        import torch
+
         if self.problem is not problem:
-            self.problem, self.trial = problem, None  # what the last one held goes first
+            self.problem = self.trial = None  # what the last one held goes first
+            torch.cuda.empty_cache()
             self.trial = trial_of(problem)
+            self.problem = problem
         kernel = problem.kernel(choice)
         if not self.trial.error(kernel) < WRONG[problem.what.dtype]:
             return float("inf")
@@ -194,14 +198,14 @@ def _compile(problems: Sequence[Problem], seconds: float) -> None:
                 Exception
             ):  # what fails here fails when it is measured, and is told there; so does what takes too long
                 job.cancel()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # and waits: what the processes hold of the GPU is needed next
 
 
 def compile_only(problem: Problem, choice: Choice) -> None:
-    """Launches a kernel once, on inputs of one set."""
+    """Launches a kernel once, on memory as it is."""
     from fuser import trials
 
-    trials.SETS_BYTES, trials.MOST_SETS = 0, 1
+    trials.MOST_SETS, trials.DRAWN = 1, False
     small = problem
     if isinstance(problem.what, Attention):
         small = Problem(problem.what, 1, max(256, int(choice.get("BLOCK_T", 64)) * 2), problem.decode)

@@ -1,8 +1,8 @@
 """Paged attention, prefill: 8 query heads, 4 key heads of 80, window 4096, softcap 50.0, ALiBi.
 
 Grid: (tiles of queries x heads of a group, key heads, sequences).
-One program computes 64 rows, each a query and a head, from keys up to the last query's.
-32 keys a step, pages of 64. Products by tensor cores, in float32.
+One program computes 128 rows, each a query and a head, from keys up to the last query's.
+64 keys a step, pages of 64. Products by tensor cores, in float32.
 """
 
 import triton
@@ -25,8 +25,8 @@ def kernel(
     GROUP: tl.constexpr = 2,
     D: tl.constexpr = 80,
     PAGE: tl.constexpr = 64,
-    BLOCK_M: tl.constexpr = 64,
-    BLOCK_T: tl.constexpr = 32,
+    BLOCK_M: tl.constexpr = 128,
+    BLOCK_T: tl.constexpr = 64,
     BLOCK_D: tl.constexpr = 128,
     SCALE: tl.constexpr = 0.1118,
     SOFTCAP: tl.constexpr = 50.0,
@@ -99,7 +99,7 @@ def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest
     """Fills y; all tensors are contiguous."""
     sequences = context_lens.shape[0]
     if sequences and longest:
-        kernel[(triton.cdiv(longest * 2, 64), 4, sequences)](
+        kernel[(triton.cdiv(longest * 2, 128), 4, sequences)](
             q,
             k_cache,
             v_cache,
@@ -110,7 +110,7 @@ def launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest
             y,
             block_table.stride(0),
             WIDE=k_cache.numel() >= 2**31,
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
             **(OVERLAPPED if pdl else {}),
         )
