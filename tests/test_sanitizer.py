@@ -8,11 +8,16 @@ import sys
 import pytest
 
 FAMILIES = {
-    "norms and gates": "test_norm or test_gate",
-    "products": "test_linear and 3-16 or test_projection",
-    "rotary embedding": "test_rotary_cache_write",
-    "decode": "test_paged_decode and bf16",
-    "prefill": "test_paged_prefill and bf16",
+    "norms": ("kernels", "test_norm and 5-416-bf16"),
+    "products of a token": ("kernels", "test_linear[ and 3-1-bf16"),
+    "products of tokens": ("kernels", "test_linear[ and 3-5-bf16"),
+    "projection": ("kernels", "test_projection and False and bf16"),
+    "rotary embedding": ("kernels", "test_rotary_cache_write and bf16"),
+    "decode": ("kernels", "test_paged_decode and 3-bf16"),
+    "prefill": ("kernels", "test_paged_prefill and bf16 and 80"),
+    "rows": ("rows", "bf16 and (residual or embedding)"),
+    "tokens": ("sampling", "test_the_highest and bf16"),
+    "products of many tokens": ("matmul", "test_matmul and 37-bf16"),
 }
 
 
