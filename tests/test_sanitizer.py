@@ -30,17 +30,8 @@ def test_sanitizer(tool: str, family: str) -> None:
     if not os.path.exists(sanitizer):
         pytest.skip("compute-sanitizer is not installed")
     checked = [sanitizer, "--tool", tool, "--error-exitcode", "3", "--target-processes", "all", sys.executable]
-    tests = [
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_codegen_kernels.py",
-        "-k",
-        FAMILIES[family],
-    ]
+    file, which = FAMILIES[family]
+    tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/test_codegen_{file}.py", "-k", which]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run([*checked, *tests], env=environment, capture_output=True, text=True)
     said = run.stdout + run.stderr
