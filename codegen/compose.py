@@ -156,7 +156,8 @@ class _Composer:
         K, N = found.weight.shape
         what = Linear(
             N, K, self.made.tokens, self.made.dtype, norm=kind, bias="bias" in tensors, activation=found.activation,
-            norm_eps=float(before.attributes["eps"]) if kind and before is not None else 0.0, gated=found.gated,
+            norm_eps=float(before.attributes["eps"]) if kind and before is not None else 0.0,
+            gated=found.gated or found.activation is None,
             residual="residual" in tensors, rotary=self._rotary(found.write, N) if found.write is not None else None,
             head_norm_eps=found.head_norms[0].attributes["eps"] if found.head_norms else None,
         )  # fmt: skip

@@ -17,30 +17,41 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from fuser import importer, patterns
+from fuser.canonicalize import canonicalize
 from fuser.codegen import attention, cache, embedding, matmul, rotary, sampling
+from fuser.codegen.compose import compose
 from fuser.codegen.elementwise import elementwise, gate, norm
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.linear import Linear, linear
+from fuser.codegen.shapes import SHAPES
+from fuser.rewriting import rewrite
 
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of shared memory that a block may have
 
 
 def linears(tokens: int) -> Iterator[tuple[str, Linear]]:
     """The products of both models, and each part of the family once."""
+    for model, shape in SHAPES.items():
+        yield from ((f"{model} {name}", what) for name, what in shape.linears(tokens))
+        yield f"{model} lm_head", shape.vocabulary(tokens)
     norm: dict[str, Any] = {"tokens": tokens, "norm": "rms", "norm_eps": 1e-5}
-    yield "norm+qkv+rotary", Linear(12288, 4096, rotary=rotary.Rotary(32, 32, 128, 128), **norm)
-    yield "norm+qkv+rotary 8B", Linear(6144, 4096, rotary=rotary.Rotary(32, 8, 128, 128), **norm)
     heads = rotary.Rotary(32, 8, 128, 128)
     yield "norm+qkv+head norms+rotary", Linear(6144, 4096, rotary=heads, head_norm_eps=1e-6, **norm)
-    yield "o+residual", Linear(4096, 4096, tokens=tokens, residual=True)
-    yield "norm+gate_up", Linear(22016, 4096, activation="silu", **norm)
-    yield "norm+gate_up 8B", Linear(28672, 4096, activation="silu", **norm)
-    yield "down+residual", Linear(4096, 11008, tokens=tokens, residual=True)
-    yield "down+residual 8B", Linear(4096, 14336, tokens=tokens, residual=True)
-    yield "norm+lm_head", Linear(32000, 4096, **norm)
     yield "[K, N] layer norm", Linear(4096, 4096, tokens, by_input=True, bias=True, norm="layer", norm_eps=1e-5)
     yield "fp16", Linear(22016, 4096, dtype="fp16", activation="silu", **norm)
     yield "fp32", Linear(4096, 4096, dtype="fp32", **norm)
+
+
+def demo() -> Iterator[tuple[str, Kernel]]:
+    """Every kernel of the demo model's programs."""
+    graph = importer.load(Path(__file__).parents[1] / "models/demo/model.onnx")
+    canonicalize(graph)
+    rewrite(graph, patterns.ALL, verify=False)
+    for tokens in (1, 16, 64, 2048):
+        for dtype in ("bf16", "fp32"):
+            for number, kernel in enumerate(compose(graph, dtype=dtype, tokens=tokens).kernels):
+                yield f"demo M{tokens} {dtype} {number} {kernel.name}", kernel
 
 
 def kernels() -> Iterator[tuple[str, Kernel]]:
@@ -52,6 +63,7 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
     yield "skip_layer_norm 2560", elementwise(norm("layer", 2560, eps=1e-5, bias=True, skip=True))
     for activation in ("silu", "gelu", "gelu_tanh"):
         yield f"gate {activation} 11008", elementwise(gate(11008, activation=activation))
+    yield from demo()
     yield "embedding", embedding.embedding(embedding.Embedding(4096, (128256,)))
     for k in (1, 50, 256):
         yield f"top {k}", sampling.top(sampling.Top(128256, k))
@@ -117,14 +129,26 @@ def _resources(ptx: str, target: str) -> dict[str, int]:
     return {"spills": int(spills[1]), "registers": int(registers[1])}
 
 
-def main(targets: list[str]) -> None:
-    for target in targets or SHARED:
+def main(arguments: list[str]) -> None:
+    """A table of what each kernel takes, for the targets that are named or for all; with --json a line of JSON each."""
+    as_json = "--json" in arguments
+    if not as_json:
+        print(f"{'target':8} {'kernel':48} {'registers':>9} {'shared':>8} {'limit':>8} {'spills':>7}")
+    for target in [argument for argument in arguments if argument != "--json"] or SHARED:
         for name, kernel in kernels():
+            row: dict[str, Any] = {"target": target, "kernel": name, "limit": SHARED[target]}
             try:
-                found: dict[str, object] = dict(compiled(kernel, target))
+                row |= compiled(kernel, target)
             except Exception as error:
-                found = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps({"target": target, "kernel": name, "limit": SHARED[target], **found}), flush=True)
+                row["error"] = f"{type(error).__name__}: {error}"
+            if as_json:
+                print(json.dumps(row), flush=True)
+            else:
+                taken = [
+                    f"{row.get(key, ''):>{width}}"
+                    for key, width in (("registers", 9), ("shared", 8), ("limit", 8), ("spills", 7))
+                ]
+                print(f"{target:8} {name:48} {' '.join(taken)} {row.get('error', '')}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Tuning: what is searched, what is kept and by whom, and what is done with it; times are made up where there is no GPU."""
 
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typer.testing import CliRunner
 
+import fuser
 from fuser import tuning
 from fuser.cli import app
 from fuser.codegen.attention import Attention
@@ -108,21 +112,13 @@ def test_choices_that_do_not_fit_are_not_taken(choice: object) -> None:
     assert Table(GPU, {O.key: {"choice": choice}}).chosen(O) is None
 
 
-def _record_many(folder: str, name: str) -> None:
-    os.environ["FUSER_CACHE_DIR"] = folder
-    for i in range(20):
-        record(GPU, {f"{name} {i}": {"choice": {}, "us": float(i)}})
-
-
-def test_processes_lose_nothing_of_one_another(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_record_many, args=(str(tmp_path), name)) for name in "abc"]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+def test_processes_lose_nothing_of_one_another() -> None:
+    many = "import sys; from fuser.codegen.tuning import record"
+    many += f"\nfor i in range(20): record({GPU!r}, {{sys.argv[1] + str(i): {{'choice': {{}}, 'us': 1.0}}}})"
+    workers = [subprocess.Popen([sys.executable, "-c", many, name]) for name in "abc"]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
     assert len(table_of(GPU).entries) == 60
-    assert [file.suffix for file in user_file(GPU).parent.iterdir() if file.suffix not in (".json", ".lock")] == []
+    assert {file.suffix for file in user_file(GPU).parent.iterdir()} == {".json", ".lock"}
 
 
 def test_a_program_is_composed_by_what_was_chosen() -> None:
@@ -135,9 +131,36 @@ def test_a_program_is_composed_by_what_was_chosen() -> None:
     assert changed and all(what == first.what for what in changed)
 
 
-def test_the_command_wants_a_gpu_and_known_shapes() -> None:
-    import torch
+@pytest.mark.parametrize(("name", "G", "F", "V"), [("llama-2-7b", 32, 11008, 32000), ("llama-3-8b", 8, 14336, 128256)])
+def test_what_is_tuned_is_what_a_model_launches(name: str, G: int, F: int, V: int) -> None:
+    """Two layers of the real widths, of memory that nothing was written to."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=F, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=G,
+        vocab_size=V, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )  # fmt: skip
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    module = module.to_empty(device="cpu")
+    module.model.rotary_emb = LlamaRotaryEmbedding(config)
+    graph = fuser.compile(module, verify=False).graph
+    for tokens in (1, 16, 64):
+        program = compose(graph, dtype="bf16", tokens=tokens)
+        assert [step.kernel.name for step in program.steps if step.kernel] == [
+            "embedding", *["linear", "paged_decode", "linear", "linear", "linear"] * 2, "linear"
+        ]  # fmt: skip
+        launched = {problem.key for problem in tuning.of_program(program)}
+        assert launched == {problem.key for problem in tuning.standard([tokens], "bf16", [name])} - {
+            Problem(step.what, 1, 4096, decode=False).key for step in program.steps if isinstance(step.what, Attention)
+        }
 
+
+def test_a_shipped_table_is_found() -> None:
+    table = table_of("NVIDIA H100 80GB HBM3")
+    problems = tuning.standard([1, 16, 64], "bf16", ["llama-2-7b", "llama-3-8b"])
+    assert len(table.entries) > 40 and all(table.chosen(problem) is not None for problem in problems)
+
+
+def test_the_command_wants_a_gpu_and_known_shapes() -> None:
     unknown = CliRunner().invoke(app, ["tune", "--shapes", "llama-9"])
     assert unknown.exit_code == 2 and "llama-2-7b" in unknown.output
     assert CliRunner().invoke(app, ["tune", "--tokens", "0"]).exit_code == 2
@@ -155,8 +178,6 @@ def test_an_unknown_shape_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_tuning_measures_and_keeps() -> None:
-    import torch
-
     problems = [O, Problem(Attention(32, 8, 128, 0.0884), 2, 300)]
     found = tuning.tune(problems, seconds=60, say=lambda text: None)
     assert set(found.entries) == {problem.key for problem in problems} and found.tried > 4
