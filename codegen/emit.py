@@ -1,7 +1,7 @@
 """The kernels of programs as files a person reads: one a kernel, a test beside each, and an index of the launches."""
 
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from fuser.errors import OutputError, UsageError
 
 INDEX = "INDEX.md"
 MARK = "# Kernels of a fused model"
+LEFTOVERS = frozenset({"__pycache__", ".pytest_cache", ".ruff_cache"})  # of those who ran the tests
 
 
 def emit(folder: str | os.PathLike[str], programs: Sequence[Program], *, context: int) -> None:
@@ -27,38 +28,56 @@ def emit(folder: str | os.PathLike[str], programs: Sequence[Program], *, context
 
     Raises:
         UsageError: the folder holds something else.
-        OutputError: it cannot be written.
+        OutputError: it cannot be written; what stood there is untouched.
     """
     folder = Path(folder)
+    check(folder)
+    target = folder.resolve()
     try:
-        _check(folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+            made, before = Path(temporary, "made"), Path(temporary, "before")
+            made.mkdir()
             for name, text in files(programs, context=context).items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            temporary.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.rename(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+                (made / name).write_text(text, encoding="utf-8")
+            if target.exists():
+                target.rename(before)
+            try:
+                made.rename(target)
+            except OSError:
+                if before.exists():
+                    before.rename(target)
+                raise
     except OSError as error:
         raise OutputError(f"kernels cannot be written to '{folder}': {error.strerror or error}") from error
 
 
-def _check(folder: Path) -> None:
-    """A folder that is new, empty, or an earlier emission."""
-    if not folder.exists():
+def check(folder: Path) -> None:
+    """Refuses a folder that is neither new, nor empty, nor an earlier emission and nothing else, before any work is done.
+
+    Raises:
+        UsageError: it is.
+    """
+    try:
         if not folder.absolute().parent.is_dir():
             raise UsageError(f"'{folder.parent}' is not a folder")
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise UsageError(f"'{folder}' is not a folder")
-    index = folder / INDEX
-    is_ours = index.is_file() and index.read_text(encoding="utf-8", errors="replace").startswith(MARK)
-    if not is_ours and any(folder.iterdir()):
-        raise UsageError(f"'{folder}' holds other files; give a new folder, or one of kernels that were written before")
+        if not folder.exists() and not folder.is_symlink():
+            return
+        if not folder.is_dir():
+            raise UsageError(f"'{folder}' is not a folder")
+        held = {path.name for path in folder.iterdir()} - LEFTOVERS
+        index = (folder / INDEX).read_text(encoding="utf-8", errors="replace") if INDEX in held else ""
+    except OSError as error:
+        raise UsageError(f"'{folder}' cannot be written to: {error.strerror}") from None
+    names = re.findall(r"\]\((\w+)\.py\)", index) if index.startswith(MARK) else []
+    others = (
+        held
+        - {f"{start}{name}.py" for name in names for start in ("", "test_")}
+        - ({INDEX, "interpreter.py"} if names else set())
+    )
+    if others:
+        raise UsageError(
+            f"'{folder}' holds other files, '{min(others)}'; give a new folder, or one of kernels that were written before"
+        )
 
 
 def files(programs: Sequence[Program], *, context: int) -> dict[str, str]:

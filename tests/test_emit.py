@@ -15,7 +15,7 @@ from fuser.codegen.compose import compose
 from fuser.codegen.emit import INDEX, emit, files
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.stub import INTERPRETER, stub
-from fuser.errors import UsageError
+from fuser.errors import OutputError, UsageError
 from tests.test_stepper import DEMO, fused
 
 SPAN = attention.Attention(6, 2, 32, 0.2, 8, window=20, dtype="fp32", sinks=True)
@@ -111,10 +111,41 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a folder"):
         emit(tmp_path / "no/where", [program], context=8)
     emit(tmp_path / "new", [program], context=8)
-    (tmp_path / "new/stale.py").write_text("")
-    emit(tmp_path / "new", [program], context=8)  # an earlier emission is replaced
-    assert not (tmp_path / "new/stale.py").exists()
+    (tmp_path / "new/__pycache__").mkdir()  # of its tests
+    before = {file.name for file in (tmp_path / "new").glob("*.*")}
+    other = compose(fused("llama"), dtype="fp16", tokens=2)
+    emit(tmp_path / "new", [other], context=8)  # an earlier emission is replaced
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {*files([other], context=8)} <= before
+    (tmp_path / "new/notes.py").write_text("kept")
+    with pytest.raises(UsageError, match="holds other files, 'notes.py'"):
+        emit(tmp_path / "new", [program], context=8)
+    assert (tmp_path / "new/notes.py").read_text() == "kept"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine", "new"]
+
+
+def test_an_earlier_emission_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, folder = compose(fused("llama"), dtype="bf16", tokens=1), tmp_path / "kernels"
+    emit(folder, [program], context=8)
+    before = {file.name: file.read_text() for file in folder.iterdir()}
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "made":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputError, match="No space left"):
+        emit(folder, [program], context=16)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_cannot_be_emitted_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuser.api.fuse", lambda *_, **__: pytest.fail("work was done"))
+    for option in (["--dtype", "fp8"], ["--tokens", "65"]):
+        assert CliRunner().invoke(app, [str(DEMO), "--emit-triton", str(tmp_path / "k"), *option]).exit_code == 2
+    assert CliRunner().invoke(app, [str(DEMO), "--emit-triton", str(DEMO.parent)]).exit_code == 2
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
