@@ -12,7 +12,7 @@ from fuser.codegen.kernel import DTYPES
 from fuser.codegen.linear import Linear
 from fuser.codegen.plan import amount, repeated
 from fuser.codegen.program import Cached, Part, Program, Rows, Step, Weight
-from fuser.codegen.stub import INTERPRETER, stub
+from fuser.codegen.stubs import stub
 from fuser.errors import OutputError, UsageError
 
 INDEX = "INDEX.md"
@@ -69,11 +69,7 @@ def check(folder: Path) -> None:
     except OSError as error:
         raise UsageError(f"'{folder}' cannot be written to: {error.strerror}") from None
     names = re.findall(r"\]\((\w+)\.py\)", index) if index.startswith(MARK) else []
-    others = (
-        held
-        - {f"{start}{name}.py" for name in names for start in ("", "test_")}
-        - ({INDEX, "interpreter.py"} if names else set())
-    )
+    others = held - {f"{start}{name}.py" for name in names for start in ("", "test_")} - ({INDEX} if names else set())
     if others:
         raise UsageError(
             f"'{folder}' holds other files, '{min(others)}'; give a new folder, or one of kernels that were written before"
@@ -92,8 +88,9 @@ def files(programs: Sequence[Program], *, context: int) -> dict[str, str]:
                 counts[family] = counts.get(family, 0) + 1
                 names[step.kernel.text] = name = f"{family}_{counts[family]}"
                 made[f"{name}.py"] = step.kernel.text
-                made[f"test_{name}.py"] = stub(name, step.kernel, step.what)
-    made["interpreter.py"] = INTERPRETER
+                test = stub(name, step.kernel, step.what)
+                if test is not None:
+                    made[f"test_{name}.py"] = test
     made[INDEX] = _index(programs, names, context)
     return made
 
@@ -102,7 +99,7 @@ def _index(programs: Sequence[Program], names: dict[str, str], context: int) -> 
     lines = [
         MARK,
         "",
-        "Every file but this one and `interpreter.py` is a kernel, a Triton module with `kernel` and `launch`, or its test:",
+        "Every other file is a kernel, a Triton module with `kernel` and `launch`, or its test, which stands for itself:",
         "`python test_NAME.py` runs it beside what it computes, on a CUDA device or in Triton's interpreter.",
     ]
     for program in programs:
