@@ -108,34 +108,64 @@ def _index(programs: Sequence[Program], names: dict[str, str], context: int) -> 
             "",
             f"## {kind[0].upper()}{kind[1:]}, {program.tokens} at most, {program.dtype}",
             "",
-            f"Bytes and operations at {program.tokens} tokens, {context} keys a sequence; torch: no kernel of its own.",
+            f"Bytes and operations of {_sizes(program, context)}; torch: no kernel of its own.",
             "",
-            "| launch | kernel | moves | computes | configuration | of |",
-            "|---|---|---|---|---|---|",
+            "| launch | kernel | moves | computes | grid | configuration | of |",
+            "|---|---|---|---|---|---|---|",
         ]
         rows = [_row(step, program, names, context) for step in program.steps]
         number = 1
         for count, run in repeated(rows, [row[:-1] for row in rows]):
             if count > 1:
-                lines.append(f"| | *{count} times:* | | | | |")
+                lines.append(f"| | *{count} times:* | | | | | |")
             for row in run:
                 lines.append(f"| {number} | {' | '.join(row)} |")
                 number += 1
             number += (count - 1) * len(run)
+    lines += ["", "## Kernels", "", "| kernel | computes |", "|---|---|"]
+    lines += [f"| [{name}]({name}.py) | {_documentation(text)[0]} |" for text, name in names.items()]
     return "\n".join([*lines, ""])
+
+
+def _sizes(program: Program, context: int) -> str:
+    if program.decode:
+        return (
+            f"{program.tokens} sequences of {context} keys" if program.tokens > 1 else f"a sequence of {context} keys"
+        )
+    return f"{program.tokens} new tokens of a sequence of {_keys(program, context)} keys"
+
+
+def _keys(program: Program, context: int) -> int:
+    """The keys of a sequence, its new tokens included."""
+    return max(context, 1 if program.decode else program.tokens)
+
+
+def _documentation(text: str) -> list[str]:
+    """The lines of a kernel's docstring."""
+    return text.split('"""')[1].splitlines()
 
 
 def _row(step: Step, program: Program, names: dict[str, str], context: int) -> tuple[str, ...]:
     if step.kernel is None:
         name = "torch: product" if step.kind == "product" else f"torch: {step.nodes[0].op}"
-        chosen = step.reason
+        chosen, grid = step.reason, ""
     else:
         name = f"[{names[step.kernel.text]}]({names[step.kernel.text]}.py)"
         shown = {k: v for k, v in step.kernel.constants.items() if k.startswith(("BLOCK", "SPLITS"))}
         chosen = ", ".join(f"{k} {v}" for k, v in (shown | dict(step.kernel.options)).items())
+        lines = _documentation(step.kernel.text)
+        stated = next((line.removeprefix("Grid: ") for line in lines if line.startswith("Grid: ")), "")
+        grid = stated.partition(". ")[0].removesuffix(".")
     module = "".join(c if c.isalnum() or c in "._[]-" else "?" for c in step.origin.module)
     moved, done = moved_bytes(step, program, context), operations(step, program, context)
-    return name, f"{amount(moved)}B", f"{amount(done)}FLOP" if done else "", chosen, f"`{module}`" if module else ""
+    return (
+        name,
+        f"{amount(moved)}B",
+        f"{amount(done)}FLOP" if done else "",
+        grid,
+        chosen,
+        f"`{module}`" if module else "",
+    )
 
 
 def moved_bytes(step: Step, program: Program, context: int) -> int:
@@ -150,7 +180,8 @@ def moved_bytes(step: Step, program: Program, context: int) -> int:
             state = argument.state
             rows = tokens
             if isinstance(step.what, Attention):
-                rows = sequences * min(context, state.window or context)
+                keys = _keys(program, context)
+                rows = sequences * min(keys, (state.window or keys) + tokens // sequences - 1)
             total += rows * state.kv_heads * state.head_dim * size
         elif isinstance(argument, Weight) and argument.base is not None:
             if argument.kind == "table":
@@ -166,8 +197,10 @@ def operations(step: Step, program: Program, context: int) -> int:
     if isinstance(what, Linear):
         return 2 * program.tokens * what.N * what.K
     if isinstance(what, Attention):
-        keys = min(context, what.window or context)
-        return 4 * program.tokens * keys * what.heads * what.head_dim
+        keys = _keys(program, context)
+        first = keys if program.decode else keys - program.tokens + 1  # that the first new token sees
+        seen = sum(min(count, what.window or count) for count in range(first, keys + 1))
+        return 4 * seen * (program.tokens if program.decode else 1) * what.heads * what.head_dim
     if step.kind == "product":
         weight = step.arguments[1]
         return 2 * program.tokens * weight.base.size if isinstance(weight, Weight) and weight.base is not None else 0

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fuser.cli import app
 from fuser.codegen import attention, elementwise, embedding, linear, matmul, rotary
 from fuser.codegen.compose import compose
-from fuser.codegen.emit import INDEX, emit, files
+from fuser.codegen.emit import INDEX, emit, files, moved_bytes, operations
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.stubs import stub
 from fuser.errors import OutputError, UsageError
@@ -143,6 +143,23 @@ def test_every_kernel_has_a_test_and_a_line(name: str) -> None:
     words = {word for value in fused(name).inputs for word in value.name.split(".") if len(word) > 8}
     for kernel in kernels:  # no text of the model
         assert not words & set(made[kernel].replace("(", " ").split())
+
+
+def test_amounts_of_attention() -> None:
+    """Of a prompt each token sees those before it; a window bounds what is seen, and what is read."""
+    steps = compose(fused("llama"), dtype="bf16", tokens=1).steps
+    attend = next(step.what for step in steps if step.kernel is not None and step.kernel.name == "paged_decode")
+    of_key, size = 4 * attend.heads * attend.head_dim, 2 * 2 * attend.kv_heads * attend.head_dim
+    queries = 2 * 2 * attend.heads * attend.head_dim
+    for tokens, decode, context, seen, read in (
+        (3, True, 100, 300, 300),
+        (100, False, 10, 5050, 100),
+        (2, False, 100, 199, 100),
+    ):
+        program = compose(fused("llama"), dtype="bf16", tokens=tokens, decode=decode)
+        step = next(step for step in program.steps if step.what == attend)
+        assert operations(step, program, context) == of_key * seen
+        assert moved_bytes(step, program, context) == size * read + queries * tokens
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
