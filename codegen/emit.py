@@ -1,7 +1,7 @@
 """The kernels of programs as files a person reads: one a kernel, a test beside each, and an index of the launches."""
 
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,12 @@ from fuser.codegen.kernel import DTYPES
 from fuser.codegen.linear import Linear
 from fuser.codegen.plan import amount, repeated
 from fuser.codegen.program import Cached, Part, Program, Rows, Step, Weight
-from fuser.codegen.stub import INTERPRETER, stub
+from fuser.codegen.stubs import stub
 from fuser.errors import OutputError, UsageError
 
 INDEX = "INDEX.md"
 MARK = "# Kernels of a fused model"
+LEFTOVERS = frozenset({"__pycache__", ".pytest_cache", ".ruff_cache"})  # of those who ran the tests
 
 
 def emit(folder: str | os.PathLike[str], programs: Sequence[Program], *, context: int) -> None:
@@ -27,38 +28,52 @@ def emit(folder: str | os.PathLike[str], programs: Sequence[Program], *, context
 
     Raises:
         UsageError: the folder holds something else.
-        OutputError: it cannot be written.
+        OutputError: it cannot be written; what stood there is untouched.
     """
     folder = Path(folder)
+    check(folder)
+    target = folder.resolve()
     try:
-        _check(folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+            made, before = Path(temporary, "made"), Path(temporary, "before")
+            made.mkdir()
             for name, text in files(programs, context=context).items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            temporary.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.rename(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+                (made / name).write_text(text, encoding="utf-8")
+            if target.exists():
+                target.rename(before)
+            try:
+                made.rename(target)
+            except OSError:
+                if before.exists():
+                    before.rename(target)
+                raise
     except OSError as error:
         raise OutputError(f"kernels cannot be written to '{folder}': {error.strerror or error}") from error
 
 
-def _check(folder: Path) -> None:
-    """A folder that is new, empty, or an earlier emission."""
-    if not folder.exists():
+def check(folder: Path) -> None:
+    """Refuses a folder that is neither new, nor empty, nor an earlier emission and nothing else, before any work is done.
+
+    Raises:
+        UsageError: it is.
+    """
+    try:
         if not folder.absolute().parent.is_dir():
             raise UsageError(f"'{folder.parent}' is not a folder")
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise UsageError(f"'{folder}' is not a folder")
-    index = folder / INDEX
-    is_ours = index.is_file() and index.read_text(encoding="utf-8", errors="replace").startswith(MARK)
-    if not is_ours and any(folder.iterdir()):
-        raise UsageError(f"'{folder}' holds other files; give a new folder, or one of kernels that were written before")
+        if not folder.exists() and not folder.is_symlink():
+            return
+        if not folder.is_dir():
+            raise UsageError(f"'{folder}' is not a folder")
+        held = {path.name for path in folder.iterdir()} - LEFTOVERS
+        index = (folder / INDEX).read_text(encoding="utf-8", errors="replace") if INDEX in held else ""
+    except OSError as error:
+        raise UsageError(f"'{folder}' cannot be written to: {error.strerror}") from None
+    names = re.findall(r"\]\((\w+)\.py\)", index) if index.startswith(MARK) else []
+    others = held - {f"{start}{name}.py" for name in names for start in ("", "test_")} - ({INDEX} if names else set())
+    if others:
+        raise UsageError(
+            f"'{folder}' holds other files, '{min(others)}'; give a new folder, or one of kernels that were written before"
+        )
 
 
 def files(programs: Sequence[Program], *, context: int) -> dict[str, str]:
@@ -73,8 +88,9 @@ def files(programs: Sequence[Program], *, context: int) -> dict[str, str]:
                 counts[family] = counts.get(family, 0) + 1
                 names[step.kernel.text] = name = f"{family}_{counts[family]}"
                 made[f"{name}.py"] = step.kernel.text
-                made[f"test_{name}.py"] = stub(name, step.kernel, step.what)
-    made["interpreter.py"] = INTERPRETER
+                test = stub(name, step.kernel, step.what)
+                if test is not None:
+                    made[f"test_{name}.py"] = test
     made[INDEX] = _index(programs, names, context)
     return made
 
@@ -83,7 +99,7 @@ def _index(programs: Sequence[Program], names: dict[str, str], context: int) -> 
     lines = [
         MARK,
         "",
-        "Every file but this one and `interpreter.py` is a kernel, a Triton module with `kernel` and `launch`, or its test:",
+        "Every other file is a kernel, a Triton module with `kernel` and `launch`, or its test, which stands for itself:",
         "`python test_NAME.py` runs it beside what it computes, on a CUDA device or in Triton's interpreter.",
     ]
     for program in programs:
@@ -92,34 +108,64 @@ def _index(programs: Sequence[Program], names: dict[str, str], context: int) -> 
             "",
             f"## {kind[0].upper()}{kind[1:]}, {program.tokens} at most, {program.dtype}",
             "",
-            f"Bytes and operations at {program.tokens} tokens, {context} keys a sequence; torch: no kernel of its own.",
+            f"Bytes and operations of {_sizes(program, context)}; torch: no kernel of its own.",
             "",
-            "| launch | kernel | moves | computes | configuration | of |",
-            "|---|---|---|---|---|---|",
+            "| launch | kernel | moves | computes | grid | configuration | of |",
+            "|---|---|---|---|---|---|---|",
         ]
         rows = [_row(step, program, names, context) for step in program.steps]
         number = 1
         for count, run in repeated(rows, [row[:-1] for row in rows]):
             if count > 1:
-                lines.append(f"| | *{count} times:* | | | | |")
+                lines.append(f"| | *{count} times:* | | | | | |")
             for row in run:
                 lines.append(f"| {number} | {' | '.join(row)} |")
                 number += 1
             number += (count - 1) * len(run)
+    lines += ["", "## Kernels", "", "| kernel | computes |", "|---|---|"]
+    lines += [f"| [{name}]({name}.py) | {_documentation(text)[0]} |" for text, name in names.items()]
     return "\n".join([*lines, ""])
+
+
+def _sizes(program: Program, context: int) -> str:
+    if program.decode:
+        return (
+            f"{program.tokens} sequences of {context} keys" if program.tokens > 1 else f"a sequence of {context} keys"
+        )
+    return f"{program.tokens} new tokens of a sequence of {_keys(program, context)} keys"
+
+
+def _keys(program: Program, context: int) -> int:
+    """The keys of a sequence, its new tokens included."""
+    return max(context, 1 if program.decode else program.tokens)
+
+
+def _documentation(text: str) -> list[str]:
+    """The lines of a kernel's docstring."""
+    return text.split('"""')[1].splitlines()
 
 
 def _row(step: Step, program: Program, names: dict[str, str], context: int) -> tuple[str, ...]:
     if step.kernel is None:
         name = "torch: product" if step.kind == "product" else f"torch: {step.nodes[0].op}"
-        chosen = step.reason
+        chosen, grid = step.reason, ""
     else:
         name = f"[{names[step.kernel.text]}]({names[step.kernel.text]}.py)"
         shown = {k: v for k, v in step.kernel.constants.items() if k.startswith(("BLOCK", "SPLITS"))}
         chosen = ", ".join(f"{k} {v}" for k, v in (shown | dict(step.kernel.options)).items())
+        lines = _documentation(step.kernel.text)
+        stated = next((line.removeprefix("Grid: ") for line in lines if line.startswith("Grid: ")), "")
+        grid = stated.partition(". ")[0].removesuffix(".")
     module = "".join(c if c.isalnum() or c in "._[]-" else "?" for c in step.origin.module)
     moved, done = moved_bytes(step, program, context), operations(step, program, context)
-    return name, f"{amount(moved)}B", f"{amount(done)}FLOP" if done else "", chosen, f"`{module}`" if module else ""
+    return (
+        name,
+        f"{amount(moved)}B",
+        f"{amount(done)}FLOP" if done else "",
+        grid,
+        chosen,
+        f"`{module}`" if module else "",
+    )
 
 
 def moved_bytes(step: Step, program: Program, context: int) -> int:
@@ -134,7 +180,8 @@ def moved_bytes(step: Step, program: Program, context: int) -> int:
             state = argument.state
             rows = tokens
             if isinstance(step.what, Attention):
-                rows = sequences * min(context, state.window or context)
+                keys = _keys(program, context)
+                rows = sequences * min(keys, (state.window or keys) + tokens // sequences - 1)
             total += rows * state.kv_heads * state.head_dim * size
         elif isinstance(argument, Weight) and argument.base is not None:
             if argument.kind == "table":
@@ -150,8 +197,10 @@ def operations(step: Step, program: Program, context: int) -> int:
     if isinstance(what, Linear):
         return 2 * program.tokens * what.N * what.K
     if isinstance(what, Attention):
-        keys = min(context, what.window or context)
-        return 4 * program.tokens * keys * what.heads * what.head_dim
+        keys = _keys(program, context)
+        first = keys if program.decode else keys - program.tokens + 1  # that the first new token sees
+        seen = sum(min(count, what.window or count) for count in range(first, keys + 1))
+        return 4 * seen * (program.tokens if program.decode else 1) * what.heads * what.head_dim
     if step.kind == "product":
         weight = step.arguments[1]
         return 2 * program.tokens * weight.base.size if isinstance(weight, Weight) and weight.base is not None else 0

@@ -103,7 +103,7 @@ class Emitter:
         if "PDL" in self.constants:
             out += ["", "", 'OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch']
         out += ["", "", *self.host, ""]
-        text = "\n".join(line for whole in out for line in _wrapped(whole))
+        text = "\n".join(line for whole in out for line in wrapped(whole))
         return Kernel(self.name, text, dict(self.signature), dict(self.constants), dict(self.options), self.workspace)
 
     def launched(self, grid: str, *arguments: str) -> str:
@@ -113,7 +113,7 @@ class Emitter:
         return f"kernel[{grid}]({', '.join(arguments)}{options}{overlap})"
 
 
-def _wrapped(line: str) -> list[str]:
+def wrapped(line: str) -> list[str]:
     """A line of the text, its last call's arguments on lines of their own where it is too long, as formatters do."""
     comment = line.lstrip().startswith(("#", '"""'))
     end = len(line) - 1 - line.endswith(":")

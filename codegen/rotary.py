@@ -75,10 +75,9 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     if rest:
         e.constant(BLOCK_REST=power_of_two(rest))
     e.begin(waits=True)
-    e.add(
-        "token = tl.program_id(0).to(tl.int64)",
-        "position = tl.load(positions + token).to(tl.int64)",
-    )
+    e.add("token = tl.program_id(0).to(tl.int64)")
+    if R or what.by_block_table:
+        e.add("position = tl.load(positions + token).to(tl.int64)")
     if R:
         e.add(
             "r = tl.arange(0, BLOCK_R)",

@@ -20,7 +20,7 @@ from fuser.codegen.elementwise import elementwise
 from fuser.codegen.kernel import Kernel, power_of_two
 from fuser.codegen.linear import Linear, Tiling, default_tiling, linear
 from fuser.codegen.rotary import Rotary, rotary_cache_write
-from fuser.errors import OutputError
+from fuser.errors import FuserError, OutputError
 
 Choice = Mapping[str, int]
 SHIPPED = Path(__file__).parent / "tables"
@@ -71,6 +71,14 @@ class Problem:
             return rotary_cache_write(self.what, **given)
         return elementwise(self.what, **given)
 
+    def fits(self, choice: Choice) -> bool:
+        """Whether there is a kernel by a choice."""
+        try:
+            self.kernel(choice)
+        except FuserError:
+            return False
+        return True
+
     @property
     def default(self) -> Choice:
         """What is taken where nothing was measured."""
@@ -80,10 +88,10 @@ class Problem:
             return {"splits": default_splits(self.what, self.sequences, self.tokens)}
         return {}
 
-    def candidates(self) -> Iterator[Choice]:
-        """What may be chosen for the bucket, its default first, each once."""
+    def candidates(self, known: Choice | None = None) -> Iterator[Choice]:
+        """What may be chosen for the bucket, its default first and then what is known to be good, each once."""
         seen: list[Choice] = []
-        for choice in (self.bucket.default, *self.bucket._others()):
+        for choice in (self.bucket.default, *([known] if known is not None else []), *self.bucket._others()):
             if choice not in seen:
                 seen.append(choice)
                 yield choice
@@ -180,9 +188,10 @@ class Table:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def chosen(self, problem: Problem) -> Choice | None:
-        """What was measured best, if it was measured and may still be chosen: not by another version, or damaged."""
+        """What was measured best, if it was measured and still fits: not by another version, or damaged."""
         found = self.entries.get(problem.key, {}).get("choice")
-        return found if isinstance(found, dict) and found in problem.candidates() else None
+        choice = next((choice for choice in problem.candidates() if choice == found), None)
+        return choice if choice is not None and problem.fits(choice) else None
 
     def text(self) -> str:
         """As JSON, sorted, a line an entry."""
@@ -234,7 +243,7 @@ def _slug(gpu: str) -> str:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """A file's entries, none where there is no file; a damaged one is set aside, with a warning."""
+    """A file's entries, none where there is no file; a damaged one of the user's is set aside, with a warning."""
     try:
         text = path.read_bytes()
     except OSError:
@@ -243,6 +252,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         entries = json.loads(text)["entries"]
         return {str(key): dict(entry) for key, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if path.parent == SHIPPED:
+            warnings.warn(f"the table in {path} cannot be read; it is not used", stacklevel=2)
+            return {}
         aside = path.with_suffix(".damaged")
         with contextlib.suppress(OSError):
             os.replace(path, aside)

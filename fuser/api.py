@@ -6,8 +6,10 @@ from pathlib import Path
 
 import onnx
 
+from fuser.codegen import emit
 from fuser.codegen.compose import compose
-from fuser.codegen.emit import emit
+from fuser.codegen.kernel import element
+from fuser.codegen.linear import MOST_TOKENS
 from fuser.codegen.plan import REGIMES, Launch, plan
 from fuser.codegen.program import Program
 from fuser.errors import UsageError, VerificationError
@@ -60,7 +62,7 @@ class FusedModel:
             OutputError: the folder cannot be written.
         """
         prefill = compose(self.graph, dtype=dtype, tokens=PREFILL_TOKENS, decode=False)
-        emit(folder, [self.program(dtype=dtype, tokens=tokens), prefill], context=context)
+        emit.emit(folder, [self.program(dtype=dtype, tokens=tokens), prefill], context=context)
 
     def program(self, *, dtype: str = "bf16", tokens: int = 1) -> Program:
         """The kernels of a decode step over paged caches, for at most `tokens` (1 to 64) sequences of a new token each.
@@ -95,6 +97,14 @@ def check_output(path: str | os.PathLike[str], sources: Collection[Path]) -> Non
             raise UsageError(f"'{path.parent}' is not a folder")
     except OSError as error:
         raise UsageError(f"'{path}' cannot be an output: {error.strerror}") from None
+
+
+def check_emission(folder: str | os.PathLike[str], *, dtype: str, tokens: int) -> None:
+    """Refuses what `FusedModel.emit_triton` would, before any work is done."""
+    emit.check(Path(folder))
+    element(dtype)
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UsageError(f"a decode step takes 1 to {MOST_TOKENS} tokens, not {tokens}")
 
 
 def fuse(

@@ -356,6 +356,8 @@ def _run(
         api.check_output(report_file, [model])
         if output is not None and output.resolve() == report_file.resolve():
             raise UsageError(f"--report and -o are the same file, '{output}'")
+    if emission.folder is not None:
+        api.check_emission(emission.folder, dtype=emission.dtype, tokens=emission.tokens)
     fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress)
     progress.stop()
     record = fused.report

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fuser.codegen.attention import Attention
@@ -14,13 +15,14 @@ from fuser.codegen.linear import Linear
 from fuser.codegen.program import Program
 from fuser.codegen.rotary import Rotary
 from fuser.codegen.shapes import SHAPES, Shape
-from fuser.codegen.tuning import Choice, Problem, record
+from fuser.codegen.tuning import Choice, Problem, Table, record, table_of
 from fuser.errors import FuserError, UsageError
 
 WRONG = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 1e-5}  # relative errors at which a configuration is not counted
 SEQUENCES = ((1, 512), (1, 4096), (1, 32768), (16, 1024), (64, 512), (64, 4096))
 Measure = Callable[[Problem, Choice], float]
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, dict[str, Any]]], object]
 
 
 @dataclass
@@ -83,12 +85,23 @@ def _distinct(problems: Iterable[Problem]) -> list[Problem]:
     return list({problem.key: problem for problem in problems}.values())
 
 
-def search(problems: Sequence[Problem], measure: Measure, *, seconds: float, versions: str, say: Say) -> Search:
+def search(
+    problems: Sequence[Problem],
+    measure: Measure,
+    *,
+    seconds: float,
+    versions: str,
+    say: Say,
+    table: Table | None = None,
+    keep: Keep | None = None,
+) -> Search:
     """Measures candidates of each problem until the time is up, each problem's default first.
 
     Args:
         measure: microseconds of a choice; infinite where it is wrong.
         versions: what the results were measured with.
+        table: what was chosen before; it is measured anew, and so replaced by what is faster alone.
+        keep: called with each result as it is found.
     """
     found = Search(left=len(problems))
     began = time.monotonic()
@@ -96,8 +109,10 @@ def search(problems: Sequence[Problem], measure: Measure, *, seconds: float, ver
         share = (seconds - (time.monotonic() - began)) / (len(problems) - number + 1)
         until = time.monotonic() + share
         best: tuple[float, Choice] | None = None
-        for choice in problem.candidates():
-            if best is not None and time.monotonic() > until:
+        known = table.chosen(problem) if table is not None else None
+        for choice in problem.candidates(known):
+            is_needed = best is None or choice == known
+            if not is_needed and time.monotonic() > until:
                 break
             try:
                 took = measure(problem, choice)
@@ -112,7 +127,9 @@ def search(problems: Sequence[Problem], measure: Measure, *, seconds: float, ver
             elif best is None or took < best[0]:
                 best = took, choice
         if best is not None:
-            found.entries[problem.key] = {"choice": dict(best[1]), "us": round(best[0], 2), "with": versions}
+            found.entries[problem.key] = entry = {"choice": dict(best[1]), "us": round(best[0], 2), "with": versions}
+            if keep is not None:
+                keep({problem.key: entry})
             say(f"{number}/{len(problems)} {best[0]:8.1f} us  {problem.key}")
         found.left -= 1
         if time.monotonic() - began > seconds:
@@ -122,7 +139,7 @@ def search(problems: Sequence[Problem], measure: Measure, *, seconds: float, ver
 
 
 def tune(problems: Sequence[Problem], *, seconds: float, say: Say, keep: bool = True) -> Search:
-    """Searches on this machine's GPU and keeps the results in the user's cache folder.
+    """Searches on this machine's GPU and keeps each result, as it is found, in the user's cache folder.
 
     Raises:
         UsageError: there is no CUDA device.
@@ -138,10 +155,12 @@ def tune(problems: Sequence[Problem], *, seconds: float, say: Say, keep: bool = 
     _compile(problems, min(seconds / 2, 240.0))
     compiled_s = time.monotonic() - began
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    found = search(problems, Measuring(), seconds=seconds - compiled_s, versions=versions, say=say)
+    gpu = torch.cuda.get_device_name()
+    found = search(
+        problems, Measuring(), seconds=seconds - compiled_s, versions=versions, say=say, table=table_of(gpu),
+        keep=partial(record, gpu) if keep else None,
+    )  # fmt: skip
     found.compile_s = compiled_s
-    if keep and found.entries:
-        record(torch.cuda.get_device_name(), found.entries)
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,9 +93,7 @@ def test_results_are_a_line_each_and_sorted() -> None:
     assert set(table_of(GPU).entries) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"entries": 3}', '{"entries": {"k": 7}}', "\x00\xff", "[" * 100_000], ids=range(7)
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"entries": 3}', '{"entries": {"k": 7}}', "\x00\xff", "[" * 100_000])
 def test_damaged_results_are_set_aside(text: str) -> None:
     user_file(GPU).parent.mkdir(parents=True)
     user_file(GPU).write_text(text)
@@ -110,6 +109,51 @@ def test_damaged_results_are_set_aside(text: str) -> None:
 )
 def test_choices_that_do_not_fit_are_not_taken(choice: object) -> None:
     assert Table(GPU, {O.key: {"choice": choice}}).chosen(O) is None
+
+
+def test_a_choice_that_fits_others_of_its_family_alone_is_not_taken() -> None:
+    small = Problem(Linear(64, 64, tokens=5))
+    unfit = [choice for choice in small.candidates() if not small.fits(choice)]
+    assert unfit and all(Table(GPU, {small.key: {"choice": choice}}).chosen(small) is None for choice in unfit)
+
+
+def test_numbers_of_a_file_do_not_reach_a_kernel_as_they_are_written() -> None:
+    written = {name: float(value) for name, value in O.default.items()}
+    chosen = Table(GPU, {O.key: {"choice": written}}).chosen(O)
+    assert chosen is not None and O.kernel(chosen).text == O.kernel().text
+
+
+def test_what_was_found_before_is_replaced_by_what_is_faster_alone() -> None:
+    best = list(O.candidates())[5]
+    table, kept = Table(GPU, {O.key: {"choice": dict(best)}}), []
+
+    def measure(problem: Problem, choice: Choice) -> float:
+        return 1.0 if choice == best else 2.0
+
+    found = tuning.search([O], measure, seconds=0.0, versions="", say=lambda text: None, table=table, keep=kept.append)
+    assert found.tried == 2 and found.entries[O.key]["choice"] == best  # there was no time for any other
+    assert kept == [found.entries]
+
+
+def test_an_interrupted_search_has_kept_what_it_found() -> None:
+    def measure(problem: Problem, choice: Choice) -> float:
+        if problem is DECODE:
+            raise KeyboardInterrupt
+        return 1.0
+
+    keep = partial(record, GPU)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.search([O, DECODE], measure, seconds=1e6, versions="", say=lambda text: None, keep=keep)
+    assert set(table_of(GPU).entries) == {O.key}
+
+
+def test_a_shipped_table_that_is_damaged_is_left_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuser.codegen.tuning.SHIPPED", tmp_path)
+    shipped = tmp_path / user_file(GPU).name
+    shipped.write_text("{")
+    with pytest.warns(UserWarning, match="not used"):
+        assert table_of(GPU).entries == {}
+    assert shipped.read_text() == "{"
 
 
 def test_processes_lose_nothing_of_one_another() -> None:
