@@ -7,6 +7,8 @@ Outside attention and the cache a graph must be token-wise: each token's row is 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
+
 from fuser import dims
 from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.attention import Attention
@@ -21,9 +23,13 @@ from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, 
 from fuser.codegen.rotary import Rotary, rotary_cache_write
 from fuser.codegen.tuning import Problem, Table
 from fuser.constants import Constant
+from fuser.content import content
+from fuser.dims import Dim
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
+from fuser.shapes import infer
 
+MASKED = -1e4  # what is added to scores that are masked is at most this
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
 INDEPENDENT = ELEMENTWISE | {
     "Softmax",
@@ -32,11 +38,12 @@ INDEPENDENT = ELEMENTWISE | {
     "Concat",
     "Slice",
     "Split",
-    "Reshape",
     "Transpose",
     "Squeeze",
     "Unsqueeze",
 }
+
+ALONG = ("Softmax", "Concat", "Split", "Slice", "MatMul", *sorted(NORMS))  # what works along axes
 
 
 def compose(
@@ -59,12 +66,14 @@ class _Composer:
     """One program being composed; `places` are where the values are that steps have made."""
 
     def __init__(self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool, table: Table) -> None:
-        graph = split(graph)
+        self.graph = graph = split(graph)
+        self.inputs = _inputs(graph)
+        self.tokens = _tokens(self.inputs)
+        self.past = _past(graph)
+        _without_padding(graph, dims.add(self.past, self.tokens.sequence))
         self.launches = grouped(graph, "decode")
         self.decode, self.table = decode, table
         nodes = [node for launch in self.launches for node in launch.nodes]
-        self.inputs = _inputs(graph)
-        self.tokens = _tokens(self.inputs)
         self.made = Program(dtype, tokens, page, self.tokens, decode)
         gathered = [node.inputs[0] for node in nodes if node.is_a("Gather")]
         self.tables = {
@@ -72,11 +81,12 @@ class _Composer:
         }
         self.places: dict[Value, Rows | Part] = {}
         self.states: dict[Value, State] = {}  # by present keys and present values
+        self.windows: dict[State, list[int | None]] = {}  # of those who read it
         self.normed: dict[tuple[Node, bool], Rows] = {}
 
     def program(self) -> Program:
         for launch in self.launches:
-            if launch.family == "linear":
+            if launch.family == "linear" and self._is_product(launch):
                 self._linear(launch)
             elif launch.family == "attention":
                 main, *others = launch.nodes
@@ -84,10 +94,12 @@ class _Composer:
                 self._nodes(others)
             elif launch.family != "positions":
                 self._nodes(launch.nodes)
-        outputs = [value for launch in self.launches for value in launch.outputs if value.is_output]
-        for value in outputs:
+        for value in self.graph.outputs:
             if value not in self.states:
                 self.made.outputs[value.name] = self._rows(value, value.producer)
+        for state, windows in self.windows.items():
+            known = [window for window in windows if window is not None]
+            state.window = max(known) if len(known) == len(windows) else None
         _share(self.made)
         return self.made
 
@@ -119,6 +131,12 @@ class _Composer:
         return problem.kernel(self.table.chosen(problem))
 
     # Products
+
+    def _is_product(self, launch: Launch) -> bool:
+        """Whether whole rows meet one matrix, and not the parts of a row, or each its own."""
+        main = next(node for role, node in launch.parts if role == "main")
+        x, weight = arrangement(main.inputs[0], self.tokens), main.inputs[1]
+        return x is not None and weight is not None and weight.rank == 2 and x.row == weight.shape[:1]
 
     def _linear(self, launch: Launch) -> None:
         found = product_of(launch, self.tokens, few=self.decode)
@@ -184,12 +202,9 @@ class _Composer:
         return rows
 
     def _bias(self, found: Product, weight: Weight, shift: Constant | None) -> Weight | None:
-        if len(found.biases) > 1:
-            raise _refused(found.main, "two biases are added to its product")
-        base = found.biases[0] if found.biases else None
-        if base is None and shift is None:
+        if found.bias is None and shift is None:
             return None
-        return Weight("bias", base, shift=shift, linear=None if shift is None else found.weight)
+        return Weight("bias", found.bias, shift=shift, linear=None if shift is None else found.weight)
 
     def _norm(self, node: Node, *, scaled: bool) -> Rows:
         """The rows of a norm, made once; not `scaled`, its scale and shift are in the weights that follow."""
@@ -264,7 +279,9 @@ class _Composer:
             return 0
         node = value.producer if value is not None else None
         if node is not None and node.is_a("position_ids", FUSER):
-            return int(node.attributes["offset"])
+            is_counted = node.input(2) is not None
+            if is_counted or dims.equal(content(node.inputs[1]), self.past):
+                return int(node.attributes["offset"])
         if node is not None and node.op in ("Cast", "Reshape", "Unsqueeze", "Squeeze"):
             return self._position(node.inputs[0], reader)
         if node is not None and node.is_a("Add"):
@@ -276,17 +293,18 @@ class _Composer:
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs[:3]
         state = self.states.get(k) if k is not None else None
-        if state is None or v is None or self.states.get(v) is not state:
+        if state is None or v is None or self.states.get(v) is not state or not k.index < v.index:
             raise _refused(node, "its keys and values are not those of one cache")
         H, G = node.attributes["heads"]
-        state.window = _window(node.input(3), node)
+        window = _window(node.input(3), node)
+        self.windows.setdefault(state, []).append(window)
         what = Attention(
             H,
             G,
             state.head_dim,
             float(node.attributes["scale"]),
             self.made.page,
-            state.window,
+            window,
             float(node.attributes["softcap"]),
             dtype=self.made.dtype,
         )
@@ -295,7 +313,7 @@ class _Composer:
         if not self.decode:
             tensors += [Input("query_starts"), Input("longest")]
         y = self._new(node.output, node)
-        sequences, keys = (self.made.tokens, min(CONTEXT, state.window or CONTEXT)) if self.decode else (1, CONTEXT)
+        sequences, keys = (self.made.tokens, min(CONTEXT, window or CONTEXT)) if self.decode else (1, CONTEXT)
         kernel = self._chosen(Problem(what, sequences, keys, self.decode))
         self._add(kernel, what, [*tensors, y], [node], each=self.decode)
 
@@ -353,10 +371,12 @@ class _Composer:
             or node.attributes.get("axis", 0) not in (0, -len(table.shape or ()))
         ):
             raise _refused(node, "it looks up nothing that is known, or not rows of it")
-        if self.inputs.get(index) == "tokens":
+        if self.inputs.get(_given(index)) == "tokens":
             source, start = Input("tokens"), 0
         else:
             source, start = Input("positions"), self._position(index, node)
+        if start < 0:
+            raise _refused(node, "it looks up rows before the first")
         rows = table.constant.shape[0] - start
         self.places[node.output] = y = Rows(table.constant.size // table.constant.shape[0])
         what = Embedding(y.width, (rows,), dtype=self.made.dtype)
@@ -364,19 +384,20 @@ class _Composer:
 
     def _by_torch(self, node: Node) -> None:
         """A node that no kernel computes yet; it must be token-wise."""
-        if (node.op not in INDEPENDENT or node.domain) and not (
-            node.domain == FUSER and node.op in NORMS | ACTIVATIONS.keys()
-        ):
+        weight = node.input(1)
+        is_product = node.is_a("MatMul") and weight is not None and weight.constant is not None
+        is_fused = node.domain == FUSER and node.op in NORMS | ACTIVATIONS.keys()
+        if not (is_product or is_fused or (not node.domain and node.op in INDEPENDENT)):
             raise _refused(node, "what it does is not known to be done to each token by itself")
         given: list[Argument] = [
             self._rows(value, node) for value in node.inputs if value is not None and value.constant is None
         ]
-        axis = node.attributes.get("axis", node.attributes.get("axes", -1))
+        axes = node.attributes.get("axes", node.attributes.get("axis", -1))
         for value in node.inputs:
             found = arrangement(value, self.tokens)
-            if found is not None and node.op in ("Softmax", "Concat", "Split", "Slice"):
-                rank = len(value.shape or ()) if value is not None else 0
-                if any(a % rank in (0, found.axis) for a in ([axis] if isinstance(axis, int) else axis)):
+            if found is not None and node.op in ALONG:
+                rank = len(found.row) + 2
+                if any(axis % rank in (0, found.axis) for axis in ([axes] if isinstance(axes, int) else axes)):
                     raise _refused(node, "it works along the tokens")
         made = [self._new(output, node) for output in node.outputs]
         self.made.steps.append(Step("nodes", [*given, *made], node.origin, nodes=[node], reason="no kernel has it"))
@@ -394,11 +415,10 @@ def _inputs(graph: Graph) -> dict[Value, str]:
     What else chooses rows of a table are positions; of others, the nodes that read them tell.
     """
     rows: dict[Value, int] = {}
-    for value in graph.inputs:
-        for node in value.consumers:
-            table = node.inputs[0]
-            if node.is_a("Gather") and node.inputs[1] is value and table is not None and table.constant is not None:
-                rows[value] = table.constant.shape[0]
+    for node in graph.nodes:
+        table, index = node.input(0), _given(node.input(1))
+        if node.is_a("Gather") and index in graph.inputs and table is not None and table.constant is not None:
+            rows[index] = max(table.constant.shape[0], rows.get(index, 0))
     widths = {value.shape[-1] for value in graph.outputs if value.shape}
     tokens = max(rows, key=lambda value: (rows[value] in widths, rows[value]), default=None)
     found = {value: "positions" if value in rows else "" for value in graph.inputs}
@@ -417,6 +437,35 @@ def _tokens(inputs: Mapping[Value, str]) -> Tokens:
                 )
             return Tokens(batch, sequence)
     raise UnsupportedOperator("no step over pages: no input [batch, sequence] holds token ids")
+
+
+def _given(value: Value | None) -> Value | None:
+    """The value that is there in another integer type."""
+    while value is not None and value.producer is not None and value.producer.op in ("Cast", "Identity"):
+        value = value.producer.inputs[0]
+    return value
+
+
+def _past(graph: Graph) -> Dim:
+    """How many tokens the caches hold before a step."""
+    for node in graph.nodes:
+        if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write"):
+            past = node.inputs[-2]
+            if past is not None and past.shape is not None:
+                return past.shape[2]
+    return 0
+
+
+def _without_padding(graph: Graph, total: Dim) -> None:
+    """Says of masks of padding that they are as long as past and new tokens together: pages hold sequences without any."""
+    paddings = {"attention_mask": 1, "position_ids": 2}
+    for node in graph.nodes:
+        padding = node.input(paddings[node.op]) if node.domain == FUSER and node.op in paddings else None
+        length = padding.shape[-1] if padding is not None and padding.shape else None
+        if isinstance(length, sympy.Symbol) and length not in dims.symbols([total]):
+            graph.learned[length] = total
+    while graph.learn():
+        infer(graph)
 
 
 def _constant(node: Node | None, index: int) -> Constant | None:
@@ -438,7 +487,10 @@ def _window(mask: Value | None, node: Node) -> int | None:
     """The keys that a query sees, its own included; None for all before it. Pages hold no padding."""
     maker = mask.producer if mask is not None else None
     if maker is not None and maker.is_a("Where"):
-        maker = maker.inputs[0].producer if maker.inputs[0] is not None else None
+        allowed, kept, masked = maker.inputs
+        if kept is None or kept.scalar != 0 or masked is None or masked.scalar is None or masked.scalar > MASKED:
+            raise _refused(node, "what is added to its scores is more than a mask")
+        maker = allowed.producer if allowed is not None else None
     if maker is None or not maker.is_a("attention_mask", FUSER):
         raise _refused(node, "its mask has no closed form" if mask is not None else "it sees the tokens that follow")
     if maker.attributes["right_window"] != 0:
