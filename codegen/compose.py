@@ -114,6 +114,17 @@ class _Composer:
             return self._rows(node.inputs[0], reader)
         raise _refused(reader, f"'{value.name if value is not None else ''}' is no row for each token")
 
+    def _whole(self, value: Value | None, reader: Node) -> Rows:
+        """Where the rows of a value are one after another; columns of wider rows are copied."""
+        rows = self._rows(value, reader)
+        if isinstance(rows, Rows):
+            return rows
+        copy = Computed("Identity", (("input", 0),))
+        what = Elementwise(rows.width, (Row(),), (copy,), (0,), dtype=self.made.dtype)
+        y = Rows(rows.width)
+        self._add(elementwise(what), what, [rows, y], [reader])
+        return y
+
     def _new(self, value: Value, node: Node) -> Rows:
         found = arrangement(value, self.tokens)
         if found is None:
@@ -136,7 +147,8 @@ class _Composer:
         """Whether whole rows meet one matrix, and not the parts of a row, or each its own."""
         main = next(node for role, node in launch.parts if role == "main")
         x, weight = arrangement(main.inputs[0], self.tokens), main.inputs[1]
-        return x is not None and weight is not None and weight.rank == 2 and x.row == weight.shape[:1]
+        shape = weight.shape if weight is not None else None
+        return x is not None and shape is not None and len(shape) == 2 and x.row == shape[:1]
 
     def _linear(self, launch: Launch) -> None:
         found = product_of(launch, self.tokens, few=self.decode)
@@ -147,9 +159,9 @@ class _Composer:
         bias = self._bias(found, weight, shift)
         kind = None
         if before is None:
-            x = self._rows(node.inputs[0], node)
+            x = self._whole(node.inputs[0], node)
         elif folded and self.decode:
-            x, kind = self._rows(before.inputs[0], before), "rms" if before.op == "rms_norm" else "layer"
+            x, kind = self._whole(before.inputs[0], before), "rms" if before.op == "rms_norm" else "layer"
         else:
             x = self._norm(before, scaled=not folded)
         tensors: dict[str, Argument] = {"x": x, "weight": weight}
@@ -158,7 +170,7 @@ class _Composer:
         if bias is not None:
             tensors["bias"] = bias
         if found.residual is not None:
-            tensors["residual"] = self._rows(found.residual, node)
+            tensors["residual"] = self._whole(found.residual, node)
         if self.decode:
             self._small(found, tensors, kind, before)
         else:
@@ -292,9 +304,9 @@ class _Composer:
 
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs[:3]
-        state = self.states.get(k) if k is not None else None
-        if state is None or v is None or self.states.get(v) is not state or not k.index < v.index:
+        if k is None or v is None or k.producer is not v.producer or k not in self.states or not k.index < v.index:
             raise _refused(node, "its keys and values are not those of one cache")
+        state = self.states[k]
         H, G = node.attributes["heads"]
         window = _window(node.input(3), node)
         self.windows.setdefault(state, []).append(window)
@@ -308,7 +320,7 @@ class _Composer:
             float(node.attributes["softcap"]),
             dtype=self.made.dtype,
         )
-        tensors: list[Argument] = [self._rows(q, node), Cached(state, "k"), Cached(state, "v")]
+        tensors: list[Argument] = [self._whole(q, node), Cached(state, "k"), Cached(state, "v")]
         tensors += [Input("block_table"), Input("context_lens")]
         if not self.decode:
             tensors += [Input("query_starts"), Input("longest")]
@@ -371,7 +383,8 @@ class _Composer:
             or node.attributes.get("axis", 0) not in (0, -len(table.shape or ()))
         ):
             raise _refused(node, "it looks up nothing that is known, or not rows of it")
-        if self.inputs.get(_given(index)) == "tokens":
+        given = _given(index)
+        if given is not None and self.inputs.get(given) == "tokens":
             source, start = Input("tokens"), 0
         else:
             source, start = Input("positions"), self._position(index, node)
