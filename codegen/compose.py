@@ -287,19 +287,14 @@ class _Composer:
 
     def _position(self, value: Value | None, reader: Node) -> int:
         """What positions are ahead of the step's, for a value that holds positions."""
-        if value in self.inputs and (self.inputs[value] == "positions" or reader.is_a("rotary_table", FUSER)):
-            return 0
-        node = value.producer if value is not None else None
+        source, ahead = _shifted(value)
+        if source in self.inputs and (self.inputs[source] == "positions" or reader.is_a("rotary_table", FUSER)):
+            return ahead
+        node = source.producer if source is not None else None
         if node is not None and node.is_a("position_ids", FUSER):
             is_counted = node.input(2) is not None
             if is_counted or dims.equal(content(node.inputs[1]), self.past):
-                return int(node.attributes["offset"])
-        if node is not None and node.op in ("Cast", "Reshape", "Unsqueeze", "Squeeze"):
-            return self._position(node.inputs[0], reader)
-        if node is not None and node.is_a("Add"):
-            for one, other in (node.inputs, reversed(node.inputs)):
-                if other is not None and other.scalar is not None:
-                    return self._position(one, reader) + int(other.scalar)
+                return int(node.attributes["offset"]) + ahead
         raise _refused(reader, f"'{value.name if value is not None else ''}' does not hold the positions of tokens")
 
     def _attention(self, node: Node) -> None:
@@ -335,7 +330,7 @@ class _Composer:
         """Nodes that are part of no product or attention, as few row-wise kernels as can be, in order."""
         run = Run(self.tokens)
         for node in nodes:
-            if keeps_rows(node, self.tokens) or run.takes(node):
+            if keeps_rows(node, self.tokens) or _is_integer(node) or run.takes(node):
                 continue
             self._rowwise(run)
             run = Run(self.tokens)
@@ -383,8 +378,8 @@ class _Composer:
             or node.attributes.get("axis", 0) not in (0, -len(table.shape or ()))
         ):
             raise _refused(node, "it looks up nothing that is known, or not rows of it")
-        given = _given(index)
-        if given is not None and self.inputs.get(given) == "tokens":
+        given, ahead = _shifted(index)
+        if given is not None and self.inputs.get(given) == "tokens" and not ahead:
             source, start = Input("tokens"), 0
         else:
             source, start = Input("positions"), self._position(index, node)
@@ -428,14 +423,17 @@ def _inputs(graph: Graph) -> dict[Value, str]:
     What else chooses rows of a table are positions; of others, the nodes that read them tell.
     """
     rows: dict[Value, int] = {}
+    found = dict.fromkeys(graph.inputs, "")
     for node in graph.nodes:
-        table, index = node.input(0), _given(node.input(1))
-        if node.is_a("Gather") and index in graph.inputs and table is not None and table.constant is not None:
-            rows[index] = max(table.constant.shape[0], rows.get(index, 0))
+        table, (index, ahead) = node.input(0), _shifted(node.input(1))
+        if node.is_a("Gather") and index in found and table is not None and table.constant is not None:
+            found[index] = "positions"
+            if not ahead:
+                rows[index] = max(table.constant.shape[0], rows.get(index, 0))
     widths = {value.shape[-1] for value in graph.outputs if value.shape}
-    tokens = max(rows, key=lambda value: (rows[value] in widths, rows[value]), default=None)
-    found = {value: "positions" if value in rows else "" for value in graph.inputs}
-    return found | ({tokens: "tokens"} if tokens is not None else {})
+    if rows:
+        found[max(rows, key=lambda value: (rows[value] in widths, rows[value]))] = "tokens"
+    return found
 
 
 def _tokens(inputs: Mapping[Value, str]) -> Tokens:
@@ -452,11 +450,23 @@ def _tokens(inputs: Mapping[Value, str]) -> Tokens:
     raise UnsupportedOperator("no step over pages: no input [batch, sequence] holds token ids")
 
 
-def _given(value: Value | None) -> Value | None:
-    """The value that is there in another integer type."""
-    while value is not None and value.producer is not None and value.producer.op in ("Cast", "Identity"):
-        value = value.producer.inputs[0]
-    return value
+def _is_integer(node: Node) -> bool:
+    """Whether a node computes no floats. Who reads what it makes has to know what that is: positions, a mask."""
+    return all(value.dtype is not None and not value.dtype.is_float for value in node.outputs)
+
+
+def _shifted(value: Value | None) -> tuple[Value | None, int]:
+    """What integers are, but for their type and dims and a number that is added: (those, the number)."""
+    ahead = 0
+    while value is not None and (node := value.producer) is not None:
+        if node.op in ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
+            value = node.inputs[0]
+        elif node.is_a("Add") and (added := [v.scalar for v in node.inputs if v is not None and v.scalar is not None]):
+            value = next(v for v in node.inputs if v is not None and v.scalar is None)
+            ahead += int(added[0])
+        else:
+            break
+    return value, ahead
 
 
 def _past(graph: Graph) -> Dim:

@@ -82,8 +82,8 @@ class Sequences:
 
 def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2e-5) -> None:
     """Runs the spans of tokens one after another, and compares every token's logits."""
-    vocabulary = int(next(value for value in graph.outputs if value.name == "logits").shape[-1])  # type: ignore[index, arg-type]
-    sequences = Sequences(vocabulary)
+    logits_of = graph.outputs[0]
+    sequences = Sequences(int((logits_of.shape or ())[-1]))
     stepper = Stepper(graph, dtype="fp32", device=DEVICE, pages=sequences.pages, page=PAGE, positions=64)
     found: list[list[Tensor]] = [[], [], []]
     for step in spans:
@@ -95,7 +95,7 @@ def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2
                     tensor.fill_(float("nan"))
         for memory in bound.memory.values():
             memory.fill_(float("nan"))
-        logits = bound(**sequences.inputs(step))["logits"].cpu()
+        logits = bound(**sequences.inputs(step))[logits_of.name].cpu()
         for row, part in enumerate(logits.clone().split(lengths)):
             found[row].append(part)
     for row, ids in enumerate(sequences.ids):
