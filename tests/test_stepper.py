@@ -99,7 +99,8 @@ def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2
         for row, part in enumerate(logits.clone().split(lengths)):
             found[row].append(part)
     for row, ids in enumerate(sequences.ids):
-        whole, expected = torch.cat(found[row]), reference(graph, ids)
+        whole = torch.cat(found[row])
+        expected = reference(graph, ids[: len(whole)])
         error = float((whole - expected).norm() / expected.norm())
         assert error < tolerance, f"sequence {row}: relative error {error:.1e}"
 
