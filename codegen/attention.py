@@ -81,7 +81,7 @@ def prefill(
     """
     wide = what.head_dim > 128 or what.dtype == "fp32"  # sums and scores must fit the registers
     BLOCK_M = BLOCK_M or (64 if wide or what.head_dim <= 64 else 128)
-    BLOCK_T = BLOCK_T or (32 if wide else 64)
+    BLOCK_T = BLOCK_T or (32 if wide or what.head_dim <= 32 else 64)
     warps = num_warps or (4 if what.head_dim <= 64 or (wide and what.head_dim <= 128) else 8)
     return _Composition(what, BLOCK_M, BLOCK_T, None, warps, num_stages).kernel()
 

@@ -37,17 +37,22 @@ def write(kernel: Kernel) -> Path:
         if path.exists() and path.read_text() == kernel.text:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(kernel.text)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace(path, kernel.text)
     except OSError as error:
         raise OutputError(f"codegen: kernel {kernel.name} cannot be written to {path}: {error}") from error
     return path
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file of the cache: other processes see the one before, or all of this one. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def load(kernel: Kernel) -> ModuleType:

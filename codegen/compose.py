@@ -29,7 +29,7 @@ from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
 from fuser.shapes import infer
 
-MASKED = -1e4  # what is added to scores that are masked is at most this
+MASKED = -1e4  # a number that is added to scores to mask them is at most this
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
 INDEPENDENT = ELEMENTWISE | {
     "Softmax",
@@ -222,7 +222,9 @@ class _Composer:
         """The rows of a norm, made once; not `scaled`, its scale and shift are in the weights that follow."""
         if (node, scaled) not in self.normed:
             x = self._rows(node.inputs[0], node)
-            y = self.normed[node, scaled] = self._new(node.output, node)
+            # Without its scale it is no value of the graph.
+            y = self._new(node.output, node) if scaled else Rows(_columns(x))
+            self.normed[node, scaled] = y
             vectors = [_vector(v, node) for v in node.inputs[1:] if v is not None] if scaled else []
             operands = tuple(("input", i) for i in range(1 + len(vectors)))
             steps = (Computed(node.op, operands, float(node.attributes["eps"])),)
@@ -510,10 +512,11 @@ def _window(mask: Value | None, node: Node) -> int | None:
     """The keys that a query sees, its own included; None for all before it. Pages hold no padding."""
     maker = mask.producer if mask is not None else None
     if maker is not None and maker.is_a("Where"):
-        allowed, kept, masked = maker.inputs
-        if kept is None or kept.scalar != 0 or masked is None or masked.scalar is None or masked.scalar > MASKED:
-            raise _refused(node, "what is added to its scores is more than a mask")
-        maker = allowed.producer if allowed is not None else None
+        chosen, kept, masked = (value for value in maker.inputs)
+        numbers = [value.scalar if value is not None else None for value in (kept, masked)]
+        if numbers[0] != 0 or numbers[1] is None or numbers[1] > MASKED:
+            raise _refused(node, "its mask adds other numbers than 0 and the lowest")
+        maker = chosen.producer if chosen is not None else None
     if maker is None or not maker.is_a("attention_mask", FUSER):
         raise _refused(node, "its mask has no closed form" if mask is not None else "it sees the tokens that follow")
     if maker.attributes["right_window"] != 0:

@@ -10,12 +10,13 @@ from fuser.codegen.kernel import Emitter, Kernel, element, power_of_two
 from fuser.errors import UsageError
 
 MOST = 256  # candidates
+TOGETHER = 2048  # candidates of parts that are combined in one step
 
 KEYS = '''
 @triton.jit
 def as_keys(x, index):
     """Whole numbers in the order of x, of equal ones in the order of falling index; NaN lowest."""
-    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # the zeros are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ordered = tl.where(x == x, ordered, -0x7FFFFFFF - 1)
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
@@ -70,6 +71,7 @@ def top(what: Top, *, BLOCK: int | None = None, num_warps: int = 8) -> Kernel:
     K = power_of_two(what.k)
     BLOCK = max(BLOCK or min(4096 if K == 1 else 2048, power_of_two(what.V)), K)
     parts = -(-what.V // BLOCK)
+    together = power_of_two(min(parts, max(TOGETHER // K, 1)))
     e = Emitter(
         "top",
         f"The {what.k} highest of {what.V} logits, falling, and the logarithm of the sum of their exponentials.",
@@ -92,7 +94,7 @@ def top(what: Top, *, BLOCK: int | None = None, num_warps: int = 8) -> Kernel:
     for name in tensors:
         integer = name in ("seeds", "indices", "arrived")
         e.pointer(name, "i32" if integer else element(what.dtype) if name == "logits" else "fp32")
-    e.constant(V=what.V, TOP=what.k, BLOCK=BLOCK, BLOCK_K=K, PARTS=parts, BLOCK_P=power_of_two(parts))
+    e.constant(V=what.V, TOP=what.k, BLOCK=BLOCK, BLOCK_K=K, PARTS=parts, BLOCK_P=power_of_two(parts), BLOCK_C=together)
     e.part(KEYS)
     if what.noise:
         e.part(NOISE)
@@ -141,17 +143,22 @@ def top(what: Top, *, BLOCK: int | None = None, num_warps: int = 8) -> Kernel:
         "tl.store(normalizer + row, safe + tl.log(tl.sum(sums * tl.exp(tops - safe), 0)))",
         "best = tl.full([BLOCK_K], -0x7FFFFFFFFFFFFFFF, tl.int64)",
     )
-    with e.block("for part in range(PARTS):"):
+    e.add("i = tl.arange(0, BLOCK_C * BLOCK_K)")
+    with e.block("for part in range(0, PARTS, BLOCK_C):"):
         e.add(
-            f"other = partial + (row * PARTS + part) * {stride}",
-            'high = tl.load(other + c, cache_modifier=".cg").to(tl.int32, bitcast=True).to(tl.int64)',
-            'low = tl.load(other + BLOCK_K + c, cache_modifier=".cg").to(tl.int32, bitcast=True).to(tl.int64)',
-            "theirs = (high << 32) | (low & 0xFFFFFFFF)",
+            "their_part = part + i // BLOCK_K",
+            "held = their_part < PARTS",
+            f"other = partial + (row * PARTS + their_part) * {stride} + i % BLOCK_K",
+            'high = tl.load(other, mask=held, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)',
+            'low = tl.load(other + BLOCK_K, mask=held, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)',
+            "theirs = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)",
+            "theirs = tl.where(held, theirs, -0x7FFFFFFFFFFFFFFF)",
         )
         if K == 1:
-            e.add("best = tl.maximum(best, theirs)")
+            e.add("best = tl.maximum(best, tl.max(theirs, 0))")
         else:
-            e.add("best = tl.topk(tl.reshape(tl.join(best, theirs), [2 * BLOCK_K]), BLOCK_K)")
+            e.add("both = tl.join(best, tl.topk(theirs, BLOCK_K))")
+            e.add("best = tl.topk(tl.reshape(both, [2 * BLOCK_K]), BLOCK_K)")
     e.add("index = index_of(best)", "taken = c < TOP")
     if what.noise:
         e.add("value = tl.load(logits + row * V + index, mask=taken, other=0.0).to(tl.float32) / heat")

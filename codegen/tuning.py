@@ -7,15 +7,14 @@ known GPUs ship with the package; a user's own results, in the cache folder, com
 import contextlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fuser.codegen import cache
 from fuser.codegen.attention import Attention, decode, default_splits, prefill
-from fuser.codegen.cache import cache_folder
 from fuser.codegen.elementwise import elementwise
 from fuser.codegen.kernel import Kernel, power_of_two
 from fuser.codegen.linear import Linear, Tiling, default_tiling, linear
@@ -220,14 +219,7 @@ def record(gpu: str, entries: Mapping[str, dict[str, Any]]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             merged = Table(gpu, _read(path) | dict(entries))
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    file.write(merged.text())
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            cache.replace(path, merged.text())
     except OSError as error:
         raise OutputError(f"tuning results cannot be written to {path}: {error}") from error
     return path
@@ -235,7 +227,7 @@ def record(gpu: str, entries: Mapping[str, dict[str, Any]]) -> Path:
 
 def user_file(gpu: str) -> Path:
     """Where a user's results for a GPU are kept."""
-    return cache_folder().parent / "tuning" / f"{_slug(gpu)}.json"
+    return cache.cache_folder().parent / "tuning" / f"{_slug(gpu)}.json"
 
 
 def _slug(gpu: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
-from tests.benchmarks import decode, front_door, generate, kernels
+from tests.benchmarks import decode, front_door, generate
 from tests.test_coverage import LLAMA
 
 
@@ -64,10 +64,13 @@ def test_front_door(buffers: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    kernels.main(["--seconds", "0"])
+    """Every line of `fuse bench` is right, and measured."""
+    from fuser import bench
+
+    bench.main(compiled=False)
     printed = capsys.readouterr().out
-    assert " failed" not in printed and "not counted" not in printed
-    assert printed.count("x ") >= 31
+    assert " failed" not in printed and " wrong" not in printed
+    assert printed.count("x  ") + printed.count("x ") >= 34 and printed.count("chain M") == 3
 
 
 def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,9 +141,11 @@ BACKWARDS = {"starts": (-1,), "ends": (-(2**31),), "axes": (-2,), "steps": (-1,)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        pytest.param(masked(-1e9, 0.0), "attention .*: what is added to its scores is more than a mask", id="inverted"),
-        pytest.param(masked(0.0, -1.0), "attention .*: what is added to its scores is more than a mask", id="weak"),
-        pytest.param(biased, "attention .*: what is added to its scores is more than a mask", id="bias"),
+        pytest.param(
+            masked(-1e9, 0.0), "attention .*: its mask adds other numbers than 0 and the lowest", id="inverted"
+        ),
+        pytest.param(masked(0.0, -1.0), "attention .*: its mask adds other numbers than 0 and the lowest", id="weak"),
+        pytest.param(biased, "attention .*: its mask adds other numbers than 0 and the lowest", id="bias"),
         pytest.param(swapped, "attention .*: its keys and values are not those of one cache", id="keys as values"),
         pytest.param(mixed, "Reshape .*: what it does is not known to be done to each token", id="reshape"),
         pytest.param(then("Slice", **BACKWARDS), "Slice .*: it works along the tokens", id="backwards"),

@@ -107,6 +107,7 @@ def test_a_stub_sees_what_a_kernel_does_wrong(name: str, right: str, wrong: str,
 
 
 def test_stubs_are_formatted_and_clean(tmp_path: Path) -> None:
+    pytest.importorskip("ruff")
     for name, (kernel, what) in described().items():
         (tmp_path / f"{name}.py").write_text(kernel.text)
         (tmp_path / f"test_{name}.py").write_text(stub(name, kernel, what) or "")

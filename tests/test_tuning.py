@@ -93,7 +93,9 @@ def test_results_are_a_line_each_and_sorted() -> None:
     assert set(table_of(GPU).entries) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"entries": 3}', '{"entries": {"k": 7}}', "\x00\xff", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"entries": 3}', '{"entries": {"k": 7}}', "\x00\xff", "[" * 100_000], ids=range(7)
+)
 def test_damaged_results_are_set_aside(text: str) -> None:
     user_file(GPU).parent.mkdir(parents=True)
     user_file(GPU).write_text(text)

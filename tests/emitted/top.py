@@ -11,7 +11,7 @@ import triton.language as tl
 @triton.jit
 def as_keys(x, index):
     """Whole numbers in the order of x, of equal ones in the order of falling index; NaN lowest."""
-    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # the zeros are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ordered = tl.where(x == x, ordered, -0x7FFFFFFF - 1)
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
@@ -45,6 +45,7 @@ def kernel(
     BLOCK_K: tl.constexpr = 64,
     PARTS: tl.constexpr = 16,
     BLOCK_P: tl.constexpr = 16,
+    BLOCK_C: tl.constexpr = 16,
     PDL: tl.constexpr = False,
 ):
     if PDL:
@@ -82,12 +83,17 @@ def kernel(
     safe = tl.where(highest > float("-inf"), highest, 0.0)
     tl.store(normalizer + row, safe + tl.log(tl.sum(sums * tl.exp(tops - safe), 0)))
     best = tl.full([BLOCK_K], -0x7FFFFFFFFFFFFFFF, tl.int64)
-    for part in range(PARTS):
-        other = partial + (row * PARTS + part) * 130
-        high = tl.load(other + c, cache_modifier=".cg").to(tl.int32, bitcast=True).to(tl.int64)
-        low = tl.load(other + BLOCK_K + c, cache_modifier=".cg").to(tl.int32, bitcast=True).to(tl.int64)
-        theirs = (high << 32) | (low & 0xFFFFFFFF)
-        best = tl.topk(tl.reshape(tl.join(best, theirs), [2 * BLOCK_K]), BLOCK_K)
+    i = tl.arange(0, BLOCK_C * BLOCK_K)
+    for part in range(0, PARTS, BLOCK_C):
+        their_part = part + i // BLOCK_K
+        held = their_part < PARTS
+        other = partial + (row * PARTS + their_part) * 130 + i % BLOCK_K
+        high = tl.load(other, mask=held, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+        low = tl.load(other + BLOCK_K, mask=held, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+        theirs = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+        theirs = tl.where(held, theirs, -0x7FFFFFFFFFFFFFFF)
+        both = tl.join(best, tl.topk(theirs, BLOCK_K))
+        best = tl.topk(tl.reshape(both, [2 * BLOCK_K]), BLOCK_K)
     index = index_of(best)
     taken = c < TOP
     value = value_of(best)
