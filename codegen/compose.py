@@ -26,6 +26,7 @@ from fuser.graph import FUSER, Graph, Node, Origin, Value
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
+# What is done to each token by itself, along other axes than the tokens'.
 INDEPENDENT = ELEMENTWISE | {
     "Softmax",
     "Pow",
@@ -33,7 +34,6 @@ INDEPENDENT = ELEMENTWISE | {
     "Concat",
     "Slice",
     "Split",
-    "Reshape",
     "Transpose",
     "Squeeze",
     "Unsqueeze",
@@ -124,6 +124,9 @@ class _Composer:
     def _linear(self, launch: Launch) -> None:
         found = product_of(launch, self.tokens, few=self.decode)
         node, before = found.main, found.norm
+        rows = arrangement(node.inputs[0], self.tokens)
+        if rows is None or rows.row != found.weight.shape[:-1] or len(found.weight.shape) != 2:
+            raise _refused(node, f"its weight {list(found.weight.shape)} does not multiply whole rows of tokens")
         folded = before is not None and folds(before, found.weight, self.tables)
         scale, shift = (_constant(before, i) if folded else None for i in (1, 2))
         weight = Weight("linear", found.weight, scale)
@@ -279,7 +282,8 @@ class _Composer:
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs[:3]
         state = self.states.get(k) if k is not None else None
-        if state is None or v is None or self.states.get(v) is not state:
+        is_cache = k is not None and v is not None and k.producer is v.producer and v.index == k.index + 1
+        if state is None or not is_cache:
             raise _refused(node, "its keys and values are not those of one cache")
         H, G = node.attributes["heads"]
         state.window = _window(node.input(3), node)
