@@ -47,8 +47,10 @@ def arrangement(value: Value | None, tokens: Tokens) -> Arrangement | None:
 
 def keeps_rows(node: Node, tokens: Tokens) -> bool:
     """Whether a node gives the rows of its first input as they are, only by other dims (or in another float type)."""
-    before, after = (arrangement(value, tokens) for value in (node.input(0), node.output))
-    if node.domain or before is None or after is None or before.width != after.width:
+    if node.domain or not node.inputs:
+        return False
+    before, after = (arrangement(value, tokens) for value in (node.inputs[0], node.output))
+    if before is None or after is None or before.width != after.width:
         return False
     if node.op in ("Identity", "Unsqueeze", "Squeeze"):
         return True

@@ -31,6 +31,7 @@ from fuser.shapes import infer
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
+# What is done to each token by itself, along other axes than the tokens'.
 INDEPENDENT = ELEMENTWISE | {
     "Softmax",
     "Pow",

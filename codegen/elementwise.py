@@ -1,5 +1,6 @@
 """Row-wise kernels of any chain of element-wise operators and norms, composed from what each operator says of itself."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,15 +21,37 @@ EXPRESSIONS: Mapping[str, str] = {
     "Exp": "tl.exp({})",
     "Log": "tl.log({})",
     "Sigmoid": "1.0 / (1.0 + tl.exp(-{}))",
-    "Tanh": "1.0 - 2.0 / (tl.exp(2.0 * {}) + 1.0)",
+    "Tanh": "tanh({})",
     "Erf": "tl.erf({})",
-    "Relu": "tl.maximum({}, 0.0)",
-    "Max": "tl.maximum({}, {})",
-    "Min": "tl.minimum({}, {})",
-    "Clip": "tl.minimum(tl.maximum({}, {}), {})",
+    "Relu": "higher({}, 0.0)",
+    "Max": "higher({}, {})",
+    "Min": "lower({}, {})",
+    "Clip": "lower(higher({}, {}), {})",
     "Cast": "{}",
     "Identity": "{}",
     **{name: f"{name}({{}})" for name in ACTIVATIONS},
+}
+FUNCTIONS = {
+    "tanh(": '''
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, by its series where 1 - 2 / (exp(2 x) + 1) would cancel."""
+    s = x * x
+    small = x * (1.0 - s * (0.3333333333333333 - s * (0.13333333333333333 - s * 0.05396825396825397)))
+    return tl.where(tl.abs(x) < 0.2, small, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+''',
+    "higher(": '''
+@triton.jit
+def higher(x, y):
+    """The larger of two; NaN if either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "lower(": '''
+@triton.jit
+def lower(x, y):
+    """The smaller of two; NaN if either is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+''',
 }
 NORMS = ("rms_norm", "layer_norm")
 TILE = 1024  # columns of a program, of rows that need not be held whole
@@ -128,6 +151,9 @@ def elementwise(what: Elementwise, *, num_warps: int | None = None) -> Kernel:
     for name in dict.fromkeys(names):
         if name in ACTIVATIONS:
             e.part(ACTIVATIONS[name].replace("def activation(", f"def {name}("))
+    for name, text in FUNCTIONS.items():
+        if any(name in EXPRESSIONS.get(step.op, "") for step in what.steps):
+            e.part(text)
     e.begin(waits=True)
     _places(e, what, blocks)
     _loads(e, what, BLOCK)
@@ -196,7 +222,12 @@ def _expression(step: Computed, operands: Sequence[str]) -> str:
 def _name(operand: Operand) -> str:
     if isinstance(operand, tuple):
         return f"{'a' if operand[0] == 'input' else 's'}{operand[1]}"
-    return repr(float(operand)) if operand >= 0 else f"({float(operand)!r})"
+    return number(operand) if operand >= 0 else f"({number(operand)})"
+
+
+def number(value: float) -> str:
+    """A number as Python and Triton read it."""
+    return repr(float(value)) if math.isfinite(value) else f'float("{float(value)}")'
 
 
 def _norm(e: Emitter, result: str, step: Computed, operands: Sequence[str], *, masked: bool) -> None:

@@ -100,6 +100,22 @@ def test_an_id_outside_the_table_gives_nan() -> None:
     assert torch.equal(y[0], table[4]) and y[1:].isnan().all()
 
 
+def test_nan_small_numbers_and_open_bounds() -> None:
+    steps = (
+        Computed("Relu", (X,)),
+        Computed("Clip", (X, float("-inf"), 1.0)),
+        Computed("Tanh", (X,)),
+        Computed("Min", (X, Y)),
+    )
+    what = Elementwise(6, (Row(), Row()), steps, (0, 1, 2, 3), dtype="fp32")
+    values = torch.tensor([[float("nan"), 1e-4, -0.19, 0.21, -30.0, 2.0]], device=DEVICE)
+    made = [unwritten(1, 6, dtype="fp32") for _ in steps]
+    launch(elementwise(what), values, torch.zeros_like(values), *made)
+    x = values.double()
+    for found, expected in zip(made, (x.relu(), x.clamp(max=1.0), x.tanh(), x.clamp(max=0.0)), strict=True):
+        assert torch.allclose(found.double(), expected, rtol=3e-7, atol=0.0, equal_nan=True)
+
+
 def test_what_the_families_do_not_have_is_refused() -> None:
     with pytest.raises(UsageError, match="no Sin of 1 operands"):
         elementwise(Elementwise(8, (Row(),), (Computed("Sin", (X,)),), (0,)))

@@ -2,9 +2,11 @@
 
 from tests.interpreter import DEVICE  # isort: skip
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +14,13 @@ from torch import Tensor
 from fuser import importer, patterns
 from fuser.canonicalize import canonicalize
 from fuser.codegen.compose import compose
+from fuser.constants import Array
+from fuser.dtypes import DType
 from fuser.errors import UnsupportedOperator, UsageError
-from fuser.graph import Graph
+from fuser.graph import Graph, Node, Value
 from fuser.rewriting import rewrite
 from fuser.runtime.executor import Executor
+from fuser.shapes import infer
 from fuser.stepping import Stepper
 from tests import zoo
 
@@ -138,6 +143,80 @@ def test_layers_share_kernels_and_memory() -> None:
     assert len(program.kernels) == 8  # five of a layer; the embedding, the last norm and the last product
     places = {getattr(a, "place", None) for step in program.steps for a in step.arguments} - {None}
     assert len(places) == 5
+
+
+def _first(graph: Graph, op: str) -> Node:
+    return next(node for node in graph.nodes if node.op == op)
+
+
+def _constant(graph: Graph, *shape: int, fill: float = 0.5) -> Value:
+    return graph.constant(Array.of(np.full(shape, fill, np.float32), DType.FLOAT32))
+
+
+def _after_embedding(graph: Graph, build: Callable[[Value], Value]) -> None:
+    """Puts nodes between the embedding and what reads it."""
+    value = _first(graph, "Gather").output
+    readers = list(value.uses)
+    made = build(value)
+    for node, index in readers:
+        graph.set_input(node, index, made)
+
+
+def _swapped_cache(graph: Graph) -> None:
+    attention = _first(graph, "attention")
+    k, v = attention.inputs[1:3]
+    graph.set_input(attention, 1, v)
+    graph.set_input(attention, 2, k)
+
+
+def _number_in_mask(graph: Graph) -> None:
+    graph.set_input(_first(graph, "Where"), 1, _constant(graph, 1, 4, 1, 1))
+
+
+def _weak_mask(graph: Graph) -> None:
+    graph.set_input(_first(graph, "Where"), 2, _constant(graph, fill=-1.0))
+
+
+def _mixed_tokens(graph: Graph) -> None:
+    def build(value: Value) -> Value:
+        assert value.shape is not None
+        B, S, D = value.shape
+        turned = graph.add("Reshape", [value], {"shape": (B, 4, S, int(D) // 4)}).output
+        return graph.add("Reshape", [turned], {"shape": (B, S, D)}).output
+
+    _after_embedding(graph, build)
+
+
+def _reversed_tokens(graph: Graph) -> None:
+    bounds = {"starts": (-1,), "ends": (-(2**31),), "axes": (-2,), "steps": (-1,)}
+    _after_embedding(graph, lambda value: graph.add("Slice", [value], bounds).output)
+
+
+def _summed_tokens(graph: Graph) -> None:
+    _after_embedding(graph, lambda value: graph.add("Softmax", [value], {"axis": -2}).output)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_swapped_cache, "attention .* not those of one cache"),
+        (_number_in_mask, "attention .* adds other numbers"),
+        (_weak_mask, "attention .* adds other numbers"),
+        (_mixed_tokens, "Reshape .* each token by itself"),
+        (_reversed_tokens, "Slice .* along the tokens"),
+        (_summed_tokens, "Softmax .* along the tokens"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_what_is_not_done_to_each_token_is_refused(change: Callable[[Graph], None], reason: str, tokens: int) -> None:
+    graph = fused("mistral" if change in (_number_in_mask, _weak_mask) else "llama").clone()
+    change(graph)
+    graph.sort()
+    infer(graph)
+    graph.validate()
+    with pytest.raises(UnsupportedOperator, match=reason):
+        compose(graph, dtype="bf16", tokens=tokens)
 
 
 def test_an_encoder_is_refused_by_name() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fuser.codegen.elementwise import NORMS, Computed, Elementwise, Row
+from fuser.codegen.elementwise import NORMS, Computed, Elementwise, Row, number
 from fuser.codegen.embedding import Embedding
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.stubs.linear import joined, normed
@@ -64,9 +64,7 @@ def elementwise(what: Elementwise, kernel: Kernel) -> Parts:
 
 def _step(j: int, step: Computed) -> Iterator[str]:
     operands = [
-        repr(float(operand))
-        if not isinstance(operand, tuple)
-        else f"{'x' if operand[0] == 'input' else 's'}{operand[1]}"
+        number(operand) if not isinstance(operand, tuple) else f"{'x' if operand[0] == 'input' else 's'}{operand[1]}"
         for operand in step.operands
     ]
     if step.op in NORMS:
