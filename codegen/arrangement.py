@@ -1,5 +1,6 @@
 """How a value of the graph lies in rows of tokens: which axis counts tokens, and what a row holds."""
 
+import math
 from dataclasses import dataclass
 
 from fuser.dims import Dim, equal
@@ -23,10 +24,13 @@ class Arrangement:
 
     @property
     def width(self) -> int:
-        width = 1
-        for size in self.row:
-            width *= size
-        return width
+        """Elements of a row."""
+        return math.prod(self.row)
+
+    @property
+    def before(self) -> int:
+        """How many parts of a row come before the tokens."""
+        return math.prod(self.row[: self.axis - 1])
 
 
 def arrangement(value: Value | None, tokens: Tokens) -> Arrangement | None:
@@ -52,8 +56,8 @@ def keeps_rows(node: Node, tokens: Tokens) -> bool:
         return True
     if node.op == "Cast":
         return all(v is not None and v.dtype is not None and v.dtype.is_float for v in (node.inputs[0], node.output))
-    if node.op == "Reshape":  # tokens lead on both sides: the rest of a row keeps its order
-        return before.axis == after.axis == 1
+    if node.op == "Reshape":  # as much comes before the tokens, and so as much after them
+        return before.before == after.before
     if node.op == "Transpose":
         perm = [axis for axis in node.attributes["perm"] if axis not in (0, before.axis)]
         return node.attributes["perm"][0] == 0 and perm == sorted(perm)

@@ -7,6 +7,8 @@ Outside attention and the cache a graph must be token-wise: each token's row is 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
+
 from fuser import dims
 from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.attention import Attention
@@ -21,8 +23,11 @@ from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, 
 from fuser.codegen.rotary import Rotary, rotary_cache_write
 from fuser.codegen.tuning import Problem, Table
 from fuser.constants import Constant
+from fuser.content import content
+from fuser.dims import Dim
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
+from fuser.shapes import infer
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
@@ -38,6 +43,8 @@ INDEPENDENT = ELEMENTWISE | {
     "Squeeze",
     "Unsqueeze",
 }
+
+ALONG = ("Softmax", "Concat", "Split", "Slice", "MatMul", *sorted(NORMS))  # what works along axes
 
 
 def compose(
@@ -60,12 +67,14 @@ class _Composer:
     """One program being composed; `places` are where the values are that steps have made."""
 
     def __init__(self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool, table: Table) -> None:
-        graph = split(graph)
+        self.graph = graph = split(graph)
+        self.inputs = _inputs(graph)
+        self.tokens = _tokens(self.inputs)
+        self.past = _past(graph)
+        _without_padding(graph, dims.add(self.past, self.tokens.sequence))
         self.launches = grouped(graph, "decode")
         self.decode, self.table = decode, table
         nodes = [node for launch in self.launches for node in launch.nodes]
-        self.inputs = _inputs(graph)
-        self.tokens = _tokens(self.inputs)
         self.made = Program(dtype, tokens, page, self.tokens, decode)
         gathered = [node.inputs[0] for node in nodes if node.is_a("Gather")]
         self.tables = {
@@ -73,11 +82,12 @@ class _Composer:
         }
         self.places: dict[Value, Rows | Part] = {}
         self.states: dict[Value, State] = {}  # by present keys and present values
+        self.windows: dict[State, list[int | None]] = {}  # of those who read it
         self.normed: dict[tuple[Node, bool], Rows] = {}
 
     def program(self) -> Program:
         for launch in self.launches:
-            if launch.family == "linear":
+            if launch.family == "linear" and self._is_product(launch):
                 self._linear(launch)
             elif launch.family == "attention":
                 main, *others = launch.nodes
@@ -85,10 +95,12 @@ class _Composer:
                 self._nodes(others)
             elif launch.family != "positions":
                 self._nodes(launch.nodes)
-        outputs = [value for launch in self.launches for value in launch.outputs if value.is_output]
-        for value in outputs:
+        for value in self.graph.outputs:
             if value not in self.states:
                 self.made.outputs[value.name] = self._rows(value, value.producer)
+        for state, windows in self.windows.items():
+            known = [window for window in windows if window is not None]
+            state.window = max(known) if len(known) == len(windows) else None
         _share(self.made)
         return self.made
 
@@ -102,6 +114,17 @@ class _Composer:
         if node is not None and keeps_rows(node, self.tokens):
             return self._rows(node.inputs[0], reader)
         raise _refused(reader, f"'{value.name if value is not None else ''}' is no row for each token")
+
+    def _whole(self, value: Value | None, reader: Node) -> Rows:
+        """Where the rows of a value are one after another; columns of wider rows are copied."""
+        rows = self._rows(value, reader)
+        if isinstance(rows, Rows):
+            return rows
+        copy = Computed("Identity", (("input", 0),))
+        what = Elementwise(rows.width, (Row(),), (copy,), (0,), dtype=self.made.dtype)
+        y = Rows(rows.width)
+        self._add(elementwise(what), what, [rows, y], [reader])
+        return y
 
     def _new(self, value: Value, node: Node) -> Rows:
         found = arrangement(value, self.tokens)
@@ -121,21 +144,25 @@ class _Composer:
 
     # Products
 
+    def _is_product(self, launch: Launch) -> bool:
+        """Whether whole rows meet one matrix, and not the parts of a row, or each its own."""
+        main = next(node for role, node in launch.parts if role == "main")
+        x, weight = arrangement(main.inputs[0], self.tokens), main.inputs[1]
+        shape = weight.shape if weight is not None else None
+        return x is not None and shape is not None and len(shape) == 2 and x.row == shape[:1]
+
     def _linear(self, launch: Launch) -> None:
         found = product_of(launch, self.tokens, few=self.decode)
         node, before = found.main, found.norm
-        rows = arrangement(node.inputs[0], self.tokens)
-        if rows is None or rows.row != found.weight.shape[:-1] or len(found.weight.shape) != 2:
-            raise _refused(node, f"its weight {list(found.weight.shape)} does not multiply whole rows of tokens")
         folded = before is not None and folds(before, found.weight, self.tables)
         scale, shift = (_constant(before, i) if folded else None for i in (1, 2))
         weight = Weight("linear", found.weight, scale)
         bias = self._bias(found, weight, shift)
         kind = None
         if before is None:
-            x = self._rows(node.inputs[0], node)
+            x = self._whole(node.inputs[0], node)
         elif folded and self.decode:
-            x, kind = self._rows(before.inputs[0], before), "rms" if before.op == "rms_norm" else "layer"
+            x, kind = self._whole(before.inputs[0], before), "rms" if before.op == "rms_norm" else "layer"
         else:
             x = self._norm(before, scaled=not folded)
         tensors: dict[str, Argument] = {"x": x, "weight": weight}
@@ -144,7 +171,7 @@ class _Composer:
         if bias is not None:
             tensors["bias"] = bias
         if found.residual is not None:
-            tensors["residual"] = self._rows(found.residual, node)
+            tensors["residual"] = self._whole(found.residual, node)
         if self.decode:
             self._small(found, tensors, kind, before)
         else:
@@ -188,12 +215,9 @@ class _Composer:
         return rows
 
     def _bias(self, found: Product, weight: Weight, shift: Constant | None) -> Weight | None:
-        if len(found.biases) > 1:
-            raise _refused(found.main, "two biases are added to its product")
-        base = found.biases[0] if found.biases else None
-        if base is None and shift is None:
+        if found.bias is None and shift is None:
             return None
-        return Weight("bias", base, shift=shift, linear=None if shift is None else found.weight)
+        return Weight("bias", found.bias, shift=shift, linear=None if shift is None else found.weight)
 
     def _norm(self, node: Node, *, scaled: bool) -> Rows:
         """The rows of a norm, made once; not `scaled`, its scale and shift are in the weights that follow."""
@@ -266,43 +290,40 @@ class _Composer:
 
     def _position(self, value: Value | None, reader: Node) -> int:
         """What positions are ahead of the step's, for a value that holds positions."""
-        if value in self.inputs and (self.inputs[value] == "positions" or reader.is_a("rotary_table", FUSER)):
-            return 0
-        node = value.producer if value is not None else None
+        source, ahead = _shifted(value)
+        if source in self.inputs and (self.inputs[source] == "positions" or reader.is_a("rotary_table", FUSER)):
+            return ahead
+        node = source.producer if source is not None else None
         if node is not None and node.is_a("position_ids", FUSER):
-            return int(node.attributes["offset"])
-        if node is not None and node.op in ("Cast", "Reshape", "Unsqueeze", "Squeeze"):
-            return self._position(node.inputs[0], reader)
-        if node is not None and node.is_a("Add"):
-            for one, other in (node.inputs, reversed(node.inputs)):
-                if other is not None and other.scalar is not None:
-                    return self._position(one, reader) + int(other.scalar)
+            is_counted = node.input(2) is not None
+            if is_counted or dims.equal(content(node.inputs[1]), self.past):
+                return int(node.attributes["offset"]) + ahead
         raise _refused(reader, f"'{value.name if value is not None else ''}' does not hold the positions of tokens")
 
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs[:3]
-        state = self.states.get(k) if k is not None else None
-        is_cache = k is not None and v is not None and k.producer is v.producer and v.index == k.index + 1
-        if state is None or not is_cache:
+        if k is None or v is None or k.producer is not v.producer or k not in self.states or not k.index < v.index:
             raise _refused(node, "its keys and values are not those of one cache")
+        state = self.states[k]
         H, G = node.attributes["heads"]
-        state.window = _window(node.input(3), node)
+        window = _window(node.input(3), node)
+        self.windows.setdefault(state, []).append(window)
         what = Attention(
             H,
             G,
             state.head_dim,
             float(node.attributes["scale"]),
             self.made.page,
-            state.window,
+            window,
             float(node.attributes["softcap"]),
             dtype=self.made.dtype,
         )
-        tensors: list[Argument] = [self._rows(q, node), Cached(state, "k"), Cached(state, "v")]
+        tensors: list[Argument] = [self._whole(q, node), Cached(state, "k"), Cached(state, "v")]
         tensors += [Input("block_table"), Input("context_lens")]
         if not self.decode:
             tensors += [Input("query_starts"), Input("longest")]
         y = self._new(node.output, node)
-        sequences, keys = (self.made.tokens, min(CONTEXT, state.window or CONTEXT)) if self.decode else (1, CONTEXT)
+        sequences, keys = (self.made.tokens, min(CONTEXT, window or CONTEXT)) if self.decode else (1, CONTEXT)
         kernel = self._chosen(Problem(what, sequences, keys, self.decode))
         self._add(kernel, what, [*tensors, y], [node], each=self.decode)
 
@@ -312,7 +333,7 @@ class _Composer:
         """Nodes that are part of no product or attention, as few row-wise kernels as can be, in order."""
         run = Run(self.tokens)
         for node in nodes:
-            if keeps_rows(node, self.tokens) or run.takes(node):
+            if keeps_rows(node, self.tokens) or _is_integer(node) or run.takes(node):
                 continue
             self._rowwise(run)
             run = Run(self.tokens)
@@ -360,10 +381,13 @@ class _Composer:
             or node.attributes.get("axis", 0) not in (0, -len(table.shape or ()))
         ):
             raise _refused(node, "it looks up nothing that is known, or not rows of it")
-        if self.inputs.get(index) == "tokens":
+        given, ahead = _shifted(index)
+        if given is not None and self.inputs.get(given) == "tokens" and not ahead:
             source, start = Input("tokens"), 0
         else:
             source, start = Input("positions"), self._position(index, node)
+        if start < 0:
+            raise _refused(node, "it looks up rows before the first")
         rows = table.constant.shape[0] - start
         self.places[node.output] = y = Rows(table.constant.size // table.constant.shape[0])
         what = Embedding(y.width, (rows,), dtype=self.made.dtype)
@@ -371,19 +395,20 @@ class _Composer:
 
     def _by_torch(self, node: Node) -> None:
         """A node that no kernel computes yet; it must be token-wise."""
-        if (node.op not in INDEPENDENT or node.domain) and not (
-            node.domain == FUSER and node.op in NORMS | ACTIVATIONS.keys()
-        ):
+        weight = node.input(1)
+        is_product = node.is_a("MatMul") and weight is not None and weight.constant is not None
+        is_fused = node.domain == FUSER and node.op in NORMS | ACTIVATIONS.keys()
+        if not (is_product or is_fused or (not node.domain and node.op in INDEPENDENT)):
             raise _refused(node, "what it does is not known to be done to each token by itself")
         given: list[Argument] = [
             self._rows(value, node) for value in node.inputs if value is not None and value.constant is None
         ]
-        axis = node.attributes.get("axis", node.attributes.get("axes", -1))
+        axes = node.attributes.get("axes", node.attributes.get("axis", -1))
         for value in node.inputs:
             found = arrangement(value, self.tokens)
-            if found is not None and node.op in ("Softmax", "Concat", "Split", "Slice"):
-                rank = len(value.shape or ()) if value is not None else 0
-                if any(a % rank in (0, found.axis) for a in ([axis] if isinstance(axis, int) else axis)):
+            if found is not None and node.op in ALONG:
+                rank = len(found.row) + 2
+                if any(axis % rank in (0, found.axis) for axis in ([axes] if isinstance(axes, int) else axes)):
                     raise _refused(node, "it works along the tokens")
         made = [self._new(output, node) for output in node.outputs]
         self.made.steps.append(Step("nodes", [*given, *made], node.origin, nodes=[node], reason="no kernel has it"))
@@ -401,15 +426,17 @@ def _inputs(graph: Graph) -> dict[Value, str]:
     What else chooses rows of a table are positions; of others, the nodes that read them tell.
     """
     rows: dict[Value, int] = {}
-    for value in graph.inputs:
-        for node in value.consumers:
-            table = node.inputs[0]
-            if node.is_a("Gather") and node.inputs[1] is value and table is not None and table.constant is not None:
-                rows[value] = table.constant.shape[0]
+    found = dict.fromkeys(graph.inputs, "")
+    for node in graph.nodes:
+        table, (index, ahead) = node.input(0), _shifted(node.input(1))
+        if node.is_a("Gather") and index in found and table is not None and table.constant is not None:
+            found[index] = "positions"
+            if not ahead:
+                rows[index] = max(table.constant.shape[0], rows.get(index, 0))
     widths = {value.shape[-1] for value in graph.outputs if value.shape}
-    tokens = max(rows, key=lambda value: (rows[value] in widths, rows[value]), default=None)
-    found = {value: "positions" if value in rows else "" for value in graph.inputs}
-    return found | ({tokens: "tokens"} if tokens is not None else {})
+    if rows:
+        found[max(rows, key=lambda value: (rows[value] in widths, rows[value]))] = "tokens"
+    return found
 
 
 def _tokens(inputs: Mapping[Value, str]) -> Tokens:
@@ -424,6 +451,47 @@ def _tokens(inputs: Mapping[Value, str]) -> Tokens:
                 )
             return Tokens(batch, sequence)
     raise UnsupportedOperator("no step over pages: no input [batch, sequence] holds token ids")
+
+
+def _is_integer(node: Node) -> bool:
+    """Whether a node computes no floats. Who reads what it makes has to know what that is: positions, a mask."""
+    return all(value.dtype is not None and not value.dtype.is_float for value in node.outputs)
+
+
+def _shifted(value: Value | None) -> tuple[Value | None, int]:
+    """What integers are, but for their type and dims and a number that is added: (those, the number)."""
+    ahead = 0
+    while value is not None and (node := value.producer) is not None:
+        if node.op in ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
+            value = node.inputs[0]
+        elif node.is_a("Add") and (added := [v.scalar for v in node.inputs if v is not None and v.scalar is not None]):
+            value = next(v for v in node.inputs if v is not None and v.scalar is None)
+            ahead += int(added[0])
+        else:
+            break
+    return value, ahead
+
+
+def _past(graph: Graph) -> Dim:
+    """How many tokens the caches hold before a step."""
+    for node in graph.nodes:
+        if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write"):
+            past = node.inputs[-2]
+            if past is not None and past.shape is not None:
+                return past.shape[2]
+    return 0
+
+
+def _without_padding(graph: Graph, total: Dim) -> None:
+    """Says of masks of padding that they are as long as past and new tokens together: pages hold sequences without any."""
+    paddings = {"attention_mask": 1, "position_ids": 2}
+    for node in graph.nodes:
+        padding = node.input(paddings[node.op]) if node.domain == FUSER and node.op in paddings else None
+        length = padding.shape[-1] if padding is not None and padding.shape else None
+        if isinstance(length, sympy.Symbol) and length not in dims.symbols([total]):
+            graph.learned[length] = total
+    while graph.learn():
+        infer(graph)
 
 
 def _constant(node: Node | None, index: int) -> Constant | None:

@@ -17,7 +17,7 @@ class Product:
     weight: Constant  # [K, N]
     result: Value  # what the kernel's y is
     norm: Node | None = None
-    biases: list[Constant] = field(default_factory=list)
+    bias: Constant | None = None
     activation: str | None = None
     gated: bool = False
     residual: Value | None = None
@@ -36,7 +36,7 @@ def product_of(launch: Launch, tokens: Tokens, *, few: bool) -> Product:
     made.norm = next((node for role, node in launch.parts if role == "prologue"), None)
     bias = main.input(2)
     if bias is not None and bias.constant is not None:
-        made.biases.append(bias.constant)
+        made.bias = bias.constant
     own = set(launch.nodes)
     taken = {main, *([made.norm] if made.norm is not None else [])}
     absorbed = few and (_takes_write(made, own, taken, tokens) or _takes_gate(made, own, taken))
@@ -76,8 +76,8 @@ def _takes_steps(made: Product, own: set[Node], taken: set[Node], tokens: Tokens
             and made.residual is None
         ):
             made.activation = node.op
-        elif node.is_a("Add") and (vector := _bias(node, made)) is not None and made.activation is None:
-            made.biases.append(vector)
+        elif node.is_a("Add") and (vector := _bias(node, made)) is not None:
+            made.bias = vector
         elif node.is_a("Add") and made.residual is None and (other := _other(node, made.result, tokens)) is not None:
             made.residual = other
         elif not keeps_rows(node, tokens):
@@ -87,7 +87,9 @@ def _takes_steps(made: Product, own: set[Node], taken: set[Node], tokens: Tokens
 
 
 def _bias(node: Node, made: Product) -> Constant | None:
-    """A vector over the columns that is added to a product."""
+    """A vector over the columns that is added to a product, the first one, and before an activation."""
+    if made.bias is not None or made.activation is not None:
+        return None
     other = next((value for value in node.inputs if value is not made.result), None)
     if other is None or other.constant is None or other.shape is None:
         return None

@@ -83,4 +83,5 @@ def _operator(node: Node) -> str | None:
 
 
 def _has_norm_width(node: Node, found: Arrangement) -> bool:
-    return node.op not in NORMS or (bool(found.row) and found.row[-1] <= LONGEST_ROW)
+    """Whether a norm, if it is one, is over the end of a row, and not over the tokens."""
+    return node.op not in NORMS or (found.axis <= len(found.row) and found.row[-1] <= LONGEST_ROW)

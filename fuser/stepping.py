@@ -1,6 +1,6 @@
 """Runs the programs that codegen composes: weights made once, paged caches, kernels and torch's products in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -10,12 +10,12 @@ from torch import Tensor
 from fuser.codegen import cache
 from fuser.codegen.arrangement import Arrangement, Tokens, arrangement
 from fuser.codegen.compose import compose
-from fuser.codegen.elementwise import Elementwise
-from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, Step, Weight
-from fuser.codegen.rotary import Rotary
+from fuser.codegen.embedding import Embedding
+from fuser.codegen.program import INPUTS, Argument, Cached, Input, Part, Program, Rows, Step, Weight
 from fuser.codegen.tuning import table_of
 from fuser.constants import Constant, Joined
 from fuser.dtypes import DType
+from fuser.errors import UsageError
 from fuser.evaluation import evaluate
 from fuser.graph import Graph, Node, Value
 from fuser.patterns.rotary_table import rotary_table
@@ -98,12 +98,14 @@ class Stepper:
 
         Raises:
             UnsupportedOperator: the graph is not token-wise.
+            UsageError: the graph has no embedding of as many positions as the stepper is for.
         """
         key = tokens, decode
         if key not in self._bound:
             program = compose(
                 self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode, table=self.table
             )
+            _check_positions(program, self.weights.positions)
             for state in program.states:
                 if state.past not in self.caches:
                     shape = (self.pages, self.page, state.kv_heads, state.head_dim)
@@ -135,11 +137,45 @@ class Bound:
         self.launches = [self._launch(step) for step in program.steps]
 
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
-        """The program's outputs, by name, for its inputs: int32 tensors on the device, and `longest`, a number."""
-        tokens = inputs["tokens"].shape[0]
+        """The program's outputs, by name, for its inputs: int32 tensors on the device, and `longest`, a number.
+
+        Positions are less than the stepper's, slots and pages are the cache's: what tensors hold is not looked at here.
+
+        Raises:
+            UsageError: an input is missing, or of another shape or type; more tokens than the program is for.
+        """
+        tokens = self._checked(inputs)
         for launch in self.launches:
             launch(tokens, inputs)
         return {name: self._rows(place, tokens) for name, place in self.program.outputs.items()}
+
+    def _checked(self, inputs: Mapping[str, Any]) -> int:
+        """How many tokens a step has, whose inputs fit one another."""
+        decode = self.program.decode
+        names = [name for name in INPUTS if name != "longest" and not (decode and name == "query_starts")]
+        for name in names:
+            given = inputs.get(name)
+            if not isinstance(given, Tensor) or given.dtype is not torch.int32 or not given.is_contiguous():
+                raise UsageError(
+                    f"step: {name} must be a contiguous int32 tensor, got {getattr(given, 'dtype', given)}"
+                )
+        n: int = inputs["tokens"].numel()
+        sequences = inputs["context_lens"].numel()
+        if not 1 <= n <= self.program.tokens:
+            raise UsageError(f"step: this program takes 1 to {self.program.tokens} tokens, not {n}")
+        if decode and sequences != n:
+            raise UsageError(
+                f"step: in decode each sequence has one new token, got {n} tokens of {sequences} sequences"
+            )
+        if not decode and not isinstance(inputs.get("longest"), int):
+            raise UsageError(f"step: longest must be a number, got {inputs.get('longest')}")
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(names, (n,))
+        wanted |= {"context_lens": (sequences,), "query_starts": (sequences + 1,)}
+        wanted["block_table"] = sequences, inputs["block_table"].shape[-1:].numel()
+        for name in names:
+            if inputs[name].shape != wanted[name]:
+                raise UsageError(f"step: {name} must be {[*wanted[name]]}, got {[*inputs[name].shape]}")
+        return n
 
     def _rows(self, place: Rows | Part, tokens: int) -> Tensor:
         if isinstance(place, Part):
@@ -168,14 +204,7 @@ class Bound:
         assert step.kernel is not None
         launch = cache.load(step.kernel).launch
         scratch = self.workspace if step.kernel.workspace[0] else ()
-        strided = isinstance(step.what, (Rotary, Elementwise))
-
-        def run(arguments: list[Any]) -> None:
-            if not strided:
-                arguments = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-            launch(*arguments, *scratch)
-
-        return run
+        return lambda arguments: launch(*arguments, *scratch)
 
     def _product(self, step: Step) -> Callable[[list[Any]], None]:
         names = step.what
@@ -219,6 +248,15 @@ class Bound:
                 target.copy_(_as_rows(made, value, dims))
 
         return run
+
+
+def _check_positions(program: Program, positions: int) -> None:
+    for step in program.steps:
+        if isinstance(step.what, Embedding) and Input("positions") in step.arguments and step.what.rows[0] < positions:
+            raise UsageError(
+                f"step: a table at {step.origin.module or 'the embedding'} has rows for {step.what.rows[0]} positions, "
+                f"not {positions}"
+            )
 
 
 def _arranged(value: Value, dims: Tokens) -> Arrangement:

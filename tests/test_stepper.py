@@ -87,8 +87,8 @@ class Sequences:
 
 def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2e-5) -> None:
     """Runs the spans of tokens one after another, and compares every token's logits."""
-    vocabulary = int(next(value for value in graph.outputs if value.name == "logits").shape[-1])  # type: ignore[index, arg-type]
-    sequences = Sequences(vocabulary)
+    logits_of = graph.outputs[0]
+    sequences = Sequences(int((logits_of.shape or ())[-1]))
     stepper = Stepper(graph, dtype="fp32", device=DEVICE, pages=sequences.pages, page=PAGE, positions=64)
     found: list[list[Tensor]] = [[], [], []]
     for step in spans:
@@ -100,11 +100,12 @@ def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2
                     tensor.fill_(float("nan"))
         for memory in bound.memory.values():
             memory.fill_(float("nan"))
-        logits = bound(**sequences.inputs(step))["logits"].cpu()
+        logits = bound(**sequences.inputs(step))[logits_of.name].cpu()
         for row, part in enumerate(logits.clone().split(lengths)):
             found[row].append(part)
     for row, ids in enumerate(sequences.ids):
-        whole, expected = torch.cat(found[row]), reference(graph, ids)
+        whole = torch.cat(found[row])
+        expected = reference(graph, ids[: len(whole)])
         error = float((whole - expected).norm() / expected.norm())
         assert error < tolerance, f"sequence {row}: relative error {error:.1e}"
 
@@ -195,17 +196,6 @@ def _summed_tokens(graph: Graph) -> None:
     _after_embedding(graph, lambda value: graph.add("Softmax", [value], {"axis": -2}).output)
 
 
-def _product_of_heads(graph: Graph) -> None:
-    def build(value: Value) -> Value:
-        assert value.shape is not None
-        B, S, D = value.shape
-        heads = graph.add("Reshape", [value], {"shape": (B, S, 4, int(D) // 4)}).output
-        product = graph.add("MatMul", [heads, _constant(graph, int(D) // 4, int(D) // 4)]).output
-        return graph.add("Reshape", [product], {"shape": (B, S, D)}).output
-
-    _after_embedding(graph, build)
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -215,7 +205,6 @@ def _product_of_heads(graph: Graph) -> None:
         (_mixed_tokens, "Reshape .* each token by itself"),
         (_reversed_tokens, "Slice .* along the tokens"),
         (_summed_tokens, "Softmax .* along the tokens"),
-        (_product_of_heads, r"MatMul .* \[16, 16\] does not multiply whole rows"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
