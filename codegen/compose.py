@@ -4,13 +4,11 @@ A launch is read into its family's description; what the family does not have fo
 Outside attention and the cache a graph must be token-wise: each token's row is computed from its row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import sympy
-
 from fuser import dims
-from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
+from fuser.codegen.arrangement import arrangement, keeps_rows
 from fuser.codegen.attention import Attention
 from fuser.codegen.compose_linear import Product, folds, product_of
 from fuser.codegen.compose_rows import Run
@@ -21,13 +19,12 @@ from fuser.codegen.linear import MOST_TOKENS, Linear
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
 from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
 from fuser.codegen.rotary import Rotary, rotary_cache_write
+from fuser.codegen.step_inputs import inputs_of, is_integer, past_of, shifted, tokens_of, without_padding
 from fuser.codegen.tuning import Problem, Table
 from fuser.constants import Constant
 from fuser.content import content
-from fuser.dims import Dim
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import FUSER, Graph, Node, Origin, Value
-from fuser.shapes import infer
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
@@ -68,10 +65,10 @@ class _Composer:
 
     def __init__(self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool, table: Table) -> None:
         self.graph = graph = split(graph)
-        self.inputs = _inputs(graph)
-        self.tokens = _tokens(self.inputs)
-        self.past = _past(graph)
-        _without_padding(graph, dims.add(self.past, self.tokens.sequence))
+        self.inputs = inputs_of(graph)
+        self.tokens = tokens_of(self.inputs)
+        self.past = past_of(graph)
+        without_padding(graph, dims.add(self.past, self.tokens.sequence))
         self.launches = grouped(graph, "decode")
         self.decode, self.table = decode, table
         nodes = [node for launch in self.launches for node in launch.nodes]
@@ -101,7 +98,7 @@ class _Composer:
         for state, windows in self.windows.items():
             known = [window for window in windows if window is not None]
             state.window = max(known) if len(known) == len(windows) else None
-        _share(self.made)
+        self.made.share()
         return self.made
 
     # Where values are
@@ -290,7 +287,7 @@ class _Composer:
 
     def _position(self, value: Value | None, reader: Node) -> int:
         """What positions are ahead of the step's, for a value that holds positions."""
-        source, ahead = _shifted(value)
+        source, ahead = shifted(value)
         if source in self.inputs and (self.inputs[source] == "positions" or reader.is_a("rotary_table", FUSER)):
             return ahead
         node = source.producer if source is not None else None
@@ -333,7 +330,7 @@ class _Composer:
         """Nodes that are part of no product or attention, as few row-wise kernels as can be, in order."""
         run = Run(self.tokens)
         for node in nodes:
-            if keeps_rows(node, self.tokens) or _is_integer(node) or run.takes(node):
+            if keeps_rows(node, self.tokens) or is_integer(node) or run.takes(node):
                 continue
             self._rowwise(run)
             run = Run(self.tokens)
@@ -381,7 +378,7 @@ class _Composer:
             or node.attributes.get("axis", 0) not in (0, -len(table.shape or ()))
         ):
             raise _refused(node, "it looks up nothing that is known, or not rows of it")
-        given, ahead = _shifted(index)
+        given, ahead = shifted(index)
         if given is not None and self.inputs.get(given) == "tokens" and not ahead:
             source, start = Input("tokens"), 0
         else:
@@ -420,80 +417,6 @@ def _refused(node: Node | None, reason: str) -> UnsupportedOperator:
     return UnsupportedOperator(f"no step over pages: {what}{where}: {reason}")
 
 
-def _inputs(graph: Graph) -> dict[Value, str]:
-    """What the graph's inputs are for: token ids choose rows of a table that has as many as there are logits, or the most.
-
-    What else chooses rows of a table are positions; of others, the nodes that read them tell.
-    """
-    rows: dict[Value, int] = {}
-    found = dict.fromkeys(graph.inputs, "")
-    for node in graph.nodes:
-        table, (index, ahead) = node.input(0), _shifted(node.input(1))
-        if node.is_a("Gather") and index in found and table is not None and table.constant is not None:
-            found[index] = "positions"
-            if not ahead:
-                rows[index] = max(table.constant.shape[0], rows.get(index, 0))
-    widths = {value.shape[-1] for value in graph.outputs if value.shape}
-    if rows:
-        found[max(rows, key=lambda value: (rows[value] in widths, rows[value]))] = "tokens"
-    return found
-
-
-def _tokens(inputs: Mapping[Value, str]) -> Tokens:
-    """The dims that count tokens: those of the token ids."""
-    for value, kind in inputs.items():
-        if kind == "tokens" and value.shape is not None and len(value.shape) == 2:
-            batch, sequence = value.shape
-            if isinstance(batch, int) or isinstance(sequence, int):
-                shape = dims.text(value.shape)
-                raise UnsupportedOperator(
-                    f"no step over pages: '{value.name}' {shape} does not take any number of tokens"
-                )
-            return Tokens(batch, sequence)
-    raise UnsupportedOperator("no step over pages: no input [batch, sequence] holds token ids")
-
-
-def _is_integer(node: Node) -> bool:
-    """Whether a node computes no floats. Who reads what it makes has to know what that is: positions, a mask."""
-    return all(value.dtype is not None and not value.dtype.is_float for value in node.outputs)
-
-
-def _shifted(value: Value | None) -> tuple[Value | None, int]:
-    """What integers are, but for their type and dims and a number that is added: (those, the number)."""
-    ahead = 0
-    while value is not None and (node := value.producer) is not None:
-        if node.op in ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
-            value = node.inputs[0]
-        elif node.is_a("Add") and (added := [v.scalar for v in node.inputs if v is not None and v.scalar is not None]):
-            value = next(v for v in node.inputs if v is not None and v.scalar is None)
-            ahead += int(added[0])
-        else:
-            break
-    return value, ahead
-
-
-def _past(graph: Graph) -> Dim:
-    """How many tokens the caches hold before a step."""
-    for node in graph.nodes:
-        if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write"):
-            past = node.inputs[-2]
-            if past is not None and past.shape is not None:
-                return past.shape[2]
-    return 0
-
-
-def _without_padding(graph: Graph, total: Dim) -> None:
-    """Says of masks of padding that they are as long as past and new tokens together: pages hold sequences without any."""
-    paddings = {"attention_mask": 1, "position_ids": 2}
-    for node in graph.nodes:
-        padding = node.input(paddings[node.op]) if node.domain == FUSER and node.op in paddings else None
-        length = padding.shape[-1] if padding is not None and padding.shape else None
-        if isinstance(length, sympy.Symbol) and length not in dims.symbols([total]):
-            graph.learned[length] = total
-    while graph.learn():
-        infer(graph)
-
-
 def _constant(node: Node | None, index: int) -> Constant | None:
     value = node.input(index) if node is not None else None
     return value.constant if value is not None else None
@@ -524,27 +447,3 @@ def _window(mask: Value | None, node: Node) -> int | None:
         raise _refused(node, "it sees tokens that follow")
     left = maker.attributes["left_window"]
     return left + 1 if left >= 0 else None
-
-
-def _share(program: Program) -> None:
-    """Gives every rows a place: those of one width take one another's memory, once nothing reads them any more."""
-    last: dict[Rows, int] = {}
-    for index, step in enumerate(program.steps):
-        for argument in step.arguments:
-            rows = argument.rows if isinstance(argument, Part) else argument
-            if isinstance(rows, Rows):
-                last[rows] = index
-    for output in program.outputs.values():
-        last[output.rows if isinstance(output, Part) else output] = len(program.steps)
-    free: dict[int, list[int]] = {}
-    places = 0
-    for index, step in enumerate(program.steps):
-        own = {a.rows if isinstance(a, Part) else a for a in step.arguments if isinstance(a, (Rows, Part))}
-        for rows in sorted((r for r in own if r.place < 0), key=lambda r: r.width):
-            if free.get(rows.width):
-                rows.place = free[rows.width].pop()
-            else:
-                rows.place, places = places, places + 1
-        for rows in own:
-            if last[rows] == index:
-                free.setdefault(rows.width, []).append(rows.place)

@@ -128,3 +128,27 @@ class Program:
         """Each kernel once, in the order of its first launch."""
         found = {step.kernel.text: step.kernel for step in self.steps if step.kernel is not None}
         return list(found.values())
+
+    def share(self) -> None:
+        """Gives every rows a place: those of one width take one another's memory, once nothing reads them any more."""
+        last: dict[Rows, int] = {}
+        for index, step in enumerate(self.steps):
+            for argument in step.arguments:
+                rows = argument.rows if isinstance(argument, Part) else argument
+                if isinstance(rows, Rows):
+                    last[rows] = index
+        for output in self.outputs.values():
+            last[output.rows if isinstance(output, Part) else output] = len(self.steps)
+        free: dict[int, list[int]] = {}
+        places = 0
+        for index, step in enumerate(self.steps):
+            read = (a.rows if isinstance(a, Part) else a for a in step.arguments)
+            own = list(dict.fromkeys(rows for rows in read if isinstance(rows, Rows)))
+            for rows in sorted((r for r in own if r.place < 0), key=lambda r: r.width):
+                if free.get(rows.width):
+                    rows.place = free[rows.width].pop()
+                else:
+                    rows.place, places = places, places + 1
+            for rows in own:
+                if last[rows] == index:
+                    free.setdefault(rows.width, []).append(rows.place)
