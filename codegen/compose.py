@@ -174,9 +174,7 @@ class _Composer:
         else:
             tensors["y"] = self._results(found)
             what = tuple(name for name in ("x", "weight", "bias", "residual", "y") if name in tensors)
-            self.made.steps.append(
-                Step("product", [tensors[name] for name in what], launch.origin, what=what, flops=launch.flops)
-            )
+            self.made.steps.append(Step("product", [tensors[name] for name in what], launch.origin, what=what))
         self._nodes(found.left)
 
     def _small(self, found: Product, tensors: dict[str, Argument], kind: Any, before: Node | None) -> None:

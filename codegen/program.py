@@ -12,7 +12,6 @@ from typing import Any, Literal
 from fuser.codegen.arrangement import Tokens
 from fuser.codegen.kernel import Kernel
 from fuser.constants import Constant
-from fuser.dims import Dim
 from fuser.graph import Node, Origin
 
 INPUTS = ("tokens", "positions", "slot_mapping", "block_table", "context_lens", "query_starts", "longest")
@@ -48,7 +47,6 @@ class Rows:
 
     width: int
     place: int = -1
-    dtype: str = ""  # the program's unless stated
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,6 @@ class Step:
     nodes: Sequence[Node] = ()
     by_sequence: bool = False  # whether the kernel's workspace is for one sequence
     reason: str = ""  # why no kernel computes the nodes
-    flops: Dim = 0
 
 
 @dataclass(eq=False)

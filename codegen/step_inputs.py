@@ -57,7 +57,7 @@ def shifted(value: Value | None) -> tuple[Value | None, int]:
         if node.op in ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
             value = node.inputs[0]
         elif node.is_a("Add") and (added := [v.scalar for v in node.inputs if v is not None and v.scalar is not None]):
-            value = next(v for v in node.inputs if v is not None and v.scalar is None)
+            value = next((v for v in node.inputs if v is not None and v.scalar is None), None)
             ahead += int(added[0])
         else:
             break

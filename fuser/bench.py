@@ -124,24 +124,19 @@ def line(work: Work, copy: float, product: float, *, compiled: bool) -> str:
 def chain(table: Table, tokens: int, dtype: str = "bf16") -> tuple[float, float, float]:
     """Milliseconds of the four products of 32 layers in one graph: one after another, overlapped, and by cuBLAS alone."""
     calls: list[tuple[Any, ...]] = []
-    for layer in range(LAYERS):
-        for _, what in SHAPES["llama-2-7b"].linears(tokens, dtype):
-            if layer == 0:
-                problem = Problem(what)
-                trial = linear_trial(what, sets=1)
-                calls.append((what, trial, problem.kernel(table.chosen(problem))))
+    for _, what in SHAPES["llama-2-7b"].linears(tokens, dtype):
+        problem = Problem(what)
+        calls.append((what, linear_trial(what, sets=1), problem.kernel(table.chosen(problem))))
     weights = [
         [torch.randn(what.N, what.K, device="cuda").mul_(what.K**-0.5).to(trial.results[0].dtype) for what, trial, _ in calls]
         for _ in range(LAYERS)
     ]  # fmt: skip
 
     def launches(pdl: bool) -> Any:
-        made = [
-            (trial.call(kernel, pdl=pdl, weight=what.tensors.index("weight")), trial) for what, trial, kernel in calls
-        ]
+        made = [trial.call(kernel, pdl=pdl, weight=what.tensors.index("weight")) for what, trial, kernel in calls]
 
         def layer(i: int) -> None:
-            for (call, _), weight in zip(made, weights[i], strict=True):
+            for call, weight in zip(made, weights[i], strict=True):
                 call(0, weight)
 
         return layer

@@ -157,15 +157,7 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
             h = functional.rms_norm(x, (what.K,), eps=what.norm_eps)
         elif what.norm == "layer":
             h = functional.layer_norm(x, (what.K,), eps=what.norm_eps)
-        h = functional.linear(h, weight)
-        if what.bias:
-            h = h + shared["bias"].to(h.dtype)
-        if what.pairs:
-            gate, up = h.chunk(2, -1)
-            h = _activated(what.activation, gate) * up
-        elif what.activation:
-            h = _activated(what.activation, h)
-        return h + shared["residual"].to(h.dtype) if what.residual else h
+        return _finished(what, functional.linear(h, weight), shared, gated=what.pairs)
 
     def expected() -> list[Tensor]:
         h = whole(shared["x"].double(), weights[0].double())
@@ -196,12 +188,21 @@ def _written(given: Mapping[str, Tensor], tokens: int) -> list[Tensor]:
     return [given[name].flatten(0, 1)[:tokens] for name in ("k_cache", "v_cache")]
 
 
+def _finished(what: Linear | Matmul, h: Tensor, given: Mapping[str, Tensor], *, gated: bool) -> Tensor:
+    """What follows a product: bias, activation and gate, residual, in the product's type."""
+    h = h + given["bias"].to(h.dtype) if what.bias else h
+    if gated:
+        gate, up = h.chunk(2, -1)
+        h = _activated(what.activation, gate) * up
+    elif what.activation:
+        h = _activated(what.activation, h)
+    return h + given["residual"].to(h.dtype) if what.residual else h
+
+
 def _activated(name: str | None, x: Tensor) -> Tensor:
-    return (
-        functional.silu(x)
-        if name == "silu"
-        else functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-    )
+    if name == "silu":
+        return functional.silu(x)
+    return functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 def _rotary_tensors(what: Rotary, tokens: int, drawn: _Drawn) -> dict[str, Any]:
@@ -293,14 +294,7 @@ def matmul_trial(what: Matmul, tokens: int) -> Trial:
     sets = [[(shared | {"weight": weight})[name] for name in what.tensors] for weight in weights]
 
     def whole(x: Tensor, weight: Tensor) -> Tensor:
-        h = functional.linear(x, weight)
-        h = h + shared["bias"].to(h.dtype) if what.bias else h
-        if what.gated:
-            gate, up = h.chunk(2, -1)
-            h = _activated(what.activation, gate) * up
-        elif what.activation:
-            h = _activated(what.activation, h)
-        return h + shared["residual"].to(h.dtype) if what.residual else h
+        return _finished(what, functional.linear(x, weight), shared, gated=what.gated)
 
     compiled = torch.compile(whole)
     peers: dict[str, Call] = {

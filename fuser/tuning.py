@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from fuser.codegen.attention import Attention
-from fuser.codegen.elementwise import Elementwise
 from fuser.codegen.linear import Linear
 from fuser.codegen.program import Program
 from fuser.codegen.rotary import Rotary
@@ -138,7 +137,7 @@ def search(
     return found
 
 
-def tune(problems: Sequence[Problem], *, seconds: float, say: Say, keep: bool = True) -> Search:
+def tune(problems: Sequence[Problem], *, seconds: float, say: Say) -> Search:
     """Searches on this machine's GPU and keeps each result, as it is found, in the user's cache folder.
 
     Raises:
@@ -158,7 +157,7 @@ def tune(problems: Sequence[Problem], *, seconds: float, say: Say, keep: bool = 
     gpu = torch.cuda.get_device_name()
     found = search(
         problems, Measuring(), seconds=seconds - compiled_s, versions=versions, say=say, table=table_of(gpu),
-        keep=partial(record, gpu) if keep else None,
+        keep=partial(record, gpu),
     )  # fmt: skip
     found.compile_s = compiled_s
     return found
@@ -200,7 +199,7 @@ def trial_of(problem: Problem) -> Any:
         return trials.attention_trial(what, problem.sequences, problem.tokens, decode=problem.decode)
     if isinstance(what, Rotary):
         return trials.rotary_trial(what, max(problem.tokens, 1))
-    raise UsageError(f"kernels of {type(what).__name__ if not isinstance(what, Elementwise) else 'rows'} are not tuned")
+    raise UsageError(f"kernels of {type(what).__name__.lower()} are not tuned")
 
 
 def _compile(problems: Sequence[Problem], seconds: float) -> None:
@@ -213,9 +212,7 @@ def _compile(problems: Sequence[Problem], seconds: float) -> None:
         for job in waiting:
             try:
                 job.result(timeout=max(until - time.monotonic(), 0.1))
-            except (
-                Exception
-            ):  # what fails here fails when it is measured, and is told there; so does what takes too long
+            except Exception:  # what fails here, or takes too long, is told when it is measured
                 job.cancel()
         pool.shutdown(cancel_futures=True)  # and waits: what the processes hold of the GPU is needed next
 
