@@ -45,25 +45,31 @@ ALONG = ("Softmax", "Concat", "Split", "Slice", "MatMul", *sorted(NORMS))  # wha
 
 
 def compose(
-    graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bool | None = None, table: Table | None = None
-) -> Program:
+    graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bool | None = None, table: Table | None = None,
+    rows: int | None = None,
+) -> Program:  # fmt: skip
     """The program of a fused decoder for at most `tokens` new tokens, by the choices of `table`, or by default ones.
 
-    With `decode`, by default where there are at most 64, every sequence has one new token; without, each has any number.
+    With `decode`, by default where there are at most 64, every sequence has one new token; without, each has any number,
+    and with `rows` outputs are of at most so many tokens, which each step chooses.
 
     Raises:
         UnsupportedOperator: a node is not token-wise, or what it reads of the past is not what pages hold.
     """
     decode = tokens <= MOST_TOKENS if decode is None else decode
-    if tokens < 1 or (decode and tokens > MOST_TOKENS):
-        raise UsageError(f"codegen: a decode step takes 1 to {MOST_TOKENS} tokens, not {tokens}")
-    return _Composer(graph, dtype, tokens, page, decode, table or Table("")).program()
+    if tokens < 1:
+        raise UsageError(f"codegen: a step takes 1 or more tokens, not {tokens}")
+    if rows is not None and (decode or rows < 1):
+        raise UsageError(f"codegen: of 1 or more rows a step that is no decode gives outputs, not of {rows}")
+    return _Composer(graph, dtype, tokens, page, decode, table or Table(""), rows).program()
 
 
 class _Composer:
     """One program being composed; `places` are where the values are that steps have made."""
 
-    def __init__(self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool, table: Table) -> None:
+    def __init__(
+        self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool, table: Table, rows: int | None
+    ) -> None:
         self.graph = graph = split(graph)
         self.inputs = inputs_of(graph)
         self.tokens = tokens_of(self.inputs)
@@ -71,8 +77,10 @@ class _Composer:
         without_padding(graph, dims.add(self.past, self.tokens.sequence))
         self.launches = grouped(graph, "decode")
         self.decode, self.table = decode, table
+        self.few = decode and tokens <= MOST_TOKENS  # whether products are kernels of few tokens
         nodes = [node for launch in self.launches for node in launch.nodes]
-        self.made = Program(dtype, tokens, page, self.tokens, decode)
+        self.made = Program(dtype, tokens, page, self.tokens, decode, rows)
+        self.tail = _tail(graph) if rows is not None else set[Node]()
         gathered = [node.inputs[0] for node in nodes if node.is_a("Gather")]
         self.tables = {
             id(leaf) for v in gathered if v is not None and v.constant is not None for leaf in v.constant.leaves()
@@ -81,6 +89,7 @@ class _Composer:
         self.states: dict[Value, State] = {}  # by present keys and present values
         self.windows: dict[State, list[int | None]] = {}  # of those who read it
         self.normed: dict[tuple[Node, bool], Rows] = {}
+        self.chosen: dict[Rows, Rows] = {}  # rows, and the selected ones of them
 
     def program(self) -> Program:
         for launch in self.launches:
@@ -94,7 +103,8 @@ class _Composer:
                 self._nodes(launch.nodes)
         for value in self.graph.outputs:
             if value not in self.states:
-                self.made.outputs[value.name] = self._rows(value, value.producer)
+                place = self._rows(value, value.producer)
+                self.made.outputs[value.name] = place if self.made.rows is None else self._selected(place, value.producer)
         for state, windows in self.windows.items():
             known = [window for window in windows if window is not None]
             state.window = max(known) if len(known) == len(windows) else None
@@ -104,13 +114,25 @@ class _Composer:
     # Where values are
 
     def _rows(self, value: Value | None, reader: Node | None) -> Rows | Part:
-        """Where the rows of a value are; views of rows are those rows."""
+        """Where the rows of a value are, for those who read it; views of rows are those rows."""
         if value in self.places:
-            return self.places[value]
+            place = self.places[value]
+            return self._selected(place, reader) if reader in self.tail else place
         node = value.producer if value is not None else None
         if node is not None and keeps_rows(node, self.tokens):
             return self._rows(node.inputs[0], reader)
         raise _refused(reader, f"'{value.name if value is not None else ''}' is no row for each token")
+
+    def _selected(self, place: Rows | Part, reader: Node | None) -> Rows | Part:
+        """Of rows those that outputs are made of."""
+        rows = place.rows if isinstance(place, Part) else place
+        if not rows.selected and rows not in self.chosen:
+            self.chosen[rows] = Rows(rows.width, selected=True)
+            what = Embedding(rows.width, (self.made.tokens,), dtype=self.made.dtype)
+            arguments = [Input("logit_rows"), rows, self.chosen[rows]]
+            self._add(embedding(what), what, arguments, [reader] if reader is not None else [])
+        made = self.chosen.get(rows, rows)
+        return Part(made, place.start, place.stop) if isinstance(place, Part) else made
 
     def _whole(self, value: Value | None, reader: Node) -> Rows:
         """Where the rows of a value are one after another; columns of wider rows are copied."""
@@ -119,7 +141,7 @@ class _Composer:
             return rows
         copy = Computed("Identity", (("input", 0),))
         what = Elementwise(rows.width, (Row(),), (copy,), (0,), dtype=self.made.dtype)
-        y = Rows(rows.width)
+        y = Rows(rows.width, rows.rows.selected)
         self._add(elementwise(what), what, [rows, y], [reader])
         return y
 
@@ -127,7 +149,7 @@ class _Composer:
         found = arrangement(value, self.tokens)
         if found is None:
             raise _refused(node, f"'{value.name}' is not one row for each token")
-        self.places[value] = rows = Rows(found.width)
+        self.places[value] = rows = Rows(found.width, node in self.tail)
         return rows
 
     def _add(
@@ -149,7 +171,7 @@ class _Composer:
         return x is not None and shape is not None and len(shape) == 2 and x.row == shape[:1]
 
     def _linear(self, launch: Launch) -> None:
-        found = product_of(launch, self.tokens, few=self.decode)
+        found = product_of(launch, self.tokens, few=self.few)
         node, before = found.main, found.norm
         folded = before is not None and folds(before, found.weight, self.tables)
         scale, shift = (_constant(before, i) if folded else None for i in (1, 2))
@@ -158,10 +180,12 @@ class _Composer:
         kind = None
         if before is None:
             x = self._whole(node.inputs[0], node)
-        elif folded and self.decode:
+        elif folded and self.few:
             x, kind = self._whole(before.inputs[0], before), "rms" if before.op == "rms_norm" else "layer"
         else:
             x = self._norm(before, scaled=not folded)
+            if node in self.tail and not x.selected:
+                x = self._selected(x, node)
         tensors: dict[str, Argument] = {"x": x, "weight": weight}
         if kind == "layer":
             tensors["column_sums"] = Weight("column_sums", found.weight, scale)
@@ -169,7 +193,7 @@ class _Composer:
             tensors["bias"] = bias
         if found.residual is not None:
             tensors["residual"] = self._whole(found.residual, node)
-        if self.decode:
+        if self.few:
             self._small(found, tensors, kind, before)
         else:
             tensors["y"] = self._results(found)
@@ -203,7 +227,7 @@ class _Composer:
         widths = [part.width for part in parts if part is not None]
         if len(widths) < len(parts):
             raise _refused(found.main, "its results are not one row for each token")
-        rows, start = Rows(sum(widths)), 0
+        rows, start = Rows(sum(widths), found.main in self.tail), 0
         for output, width in zip(outputs, widths, strict=True):
             self.places[output] = Part(rows, start, start + width)
             start += width
@@ -219,7 +243,7 @@ class _Composer:
         if (node, scaled) not in self.normed:
             x = self._rows(node.inputs[0], node)
             # Without its scale it is no value of the graph.
-            y = self._new(node.output, node) if scaled else Rows(_columns(x))
+            y = self._new(node.output, node) if scaled else Rows(_columns(x), node in self.tail)
             self.normed[node, scaled] = y
             vectors = [_vector(v, node) for v in node.inputs[1:] if v is not None] if scaled else []
             operands = tuple(("input", i) for i in range(1 + len(vectors)))
@@ -246,7 +270,7 @@ class _Composer:
     def _written(self, write: Node, turning: Rotary) -> dict[str, Argument]:
         """The tensors of a cache write: tables, places and the cache."""
         state = self._state(write)
-        tensors: dict[str, Argument] = {name: Input(name) for name in ("positions", "slot_mapping")}
+        tensors: dict[str, Argument] = {"positions": Input("positions"), "slot_mapping": Input("slot_mapping", state)}
         tensors |= {"k_cache": Cached(state, "k"), "v_cache": Cached(state, "v")}
         if turning.rotary_dim:
             tensors |= self._rotary_tables(write)
@@ -314,7 +338,7 @@ class _Composer:
             dtype=self.made.dtype,
         )
         tensors: list[Argument] = [self._whole(q, node), Cached(state, "k"), Cached(state, "v")]
-        tensors += [Input("block_table"), Input("context_lens")]
+        tensors += [Input("block_table", state), Input("context_lens")]
         if not self.decode:
             tensors += [Input("query_starts"), Input("longest")]
         y = self._new(node.output, node)
@@ -328,7 +352,9 @@ class _Composer:
         """Nodes that are part of no product or attention, as few row-wise kernels as can be, in order."""
         run = Run(self.tokens)
         for node in nodes:
-            if keeps_rows(node, self.tokens) or is_integer(node) or run.takes(node):
+            if keeps_rows(node, self.tokens) or is_integer(node):
+                continue
+            if all((node in self.tail) == (other in self.tail) for other in run.nodes[:1]) and run.takes(node):
                 continue
             self._rowwise(run)
             run = Run(self.tokens)
@@ -407,6 +433,16 @@ class _Composer:
                     raise _refused(node, "it works along the tokens")
         made = [self._new(output, node) for output in node.outputs]
         self.made.steps.append(Step("nodes", [*given, *made], node.origin, nodes=[node], reason="no kernel has it"))
+
+
+def _tail(graph: Graph) -> set[Node]:
+    """The nodes that follow the last attention and what is written and looked up: they can leave out rows."""
+    before: set[Node] = set()
+    for node in reversed(graph.nodes):
+        looks_up = node.op in ("attention", "rotary_cache_write", "cache_write", "Gather") or is_integer(node)
+        if looks_up or any(user in before for output in node.outputs for user in output.consumers):
+            before.add(node)
+    return {node for node in graph.nodes if node not in before}
 
 
 def _refused(node: Node | None, reason: str) -> UnsupportedOperator:

@@ -2,7 +2,8 @@
 
 A program takes the new tokens of any sequences, flattened to n rows, whose places the step inputs say:
 tokens, positions, slot_mapping [n] int32; block_table [sequences, blocks], context_lens [sequences] int32, the new tokens
-included; for more than one new token a sequence also query_starts [sequences + 1] int32 and `longest`.
+included; for more than one new token a sequence also query_starts [sequences + 1] int32 and `longest`; where outputs are of
+chosen rows alone, logit_rows [m] int32. Slots and tables may differ from state to state.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fuser.codegen.arrangement import Tokens
-from fuser.codegen.kernel import Kernel
+from fuser.codegen.kernel import DTYPES, Kernel
 from fuser.constants import Constant
 from fuser.graph import Node, Origin
 
-INPUTS = ("tokens", "positions", "slot_mapping", "block_table", "context_lens", "query_starts", "longest")
+INPUTS = ("tokens", "positions", "slot_mapping", "block_table", "context_lens", "query_starts", "longest", "logit_rows")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class Weight:
 
 @dataclass(eq=False)
 class Rows:
-    """A tensor [n, width], a row for each token; rows of one `place` and width take each other's memory."""
+    """A tensor [n, width], a row for each token, or [m, width] of the `selected` ones; rows of one `place` share its memory."""
 
     width: int
+    selected: bool = False
     place: int = -1
 
 
@@ -62,13 +64,6 @@ class Part:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class Input:
-    """One of INPUTS."""
-
-    name: str
-
-
 @dataclass(eq=False)
 class State:
     """The keys and values of one layer, [pages, page, G, Dh] each; a layer with a window never looks further back."""
@@ -77,6 +72,14 @@ class State:
     kv_heads: int
     head_dim: int
     window: int | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """One of INPUTS; slots and tables are those of a state."""
+
+    name: str
+    state: State | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Program:
     page: int
     dims: Tokens
     decode: bool  # whether every sequence has one new token
+    rows: int | None = None  # at most so many rows of outputs, chosen by logit_rows; None: a row for each token
     steps: list[Step] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     outputs: dict[str, Rows | Part] = field(default_factory=dict)
@@ -126,8 +130,15 @@ class Program:
         found = {step.kernel.text: step.kernel for step in self.steps if step.kernel is not None}
         return list(found.values())
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the memory that rows take."""
+        held = [a.rows if isinstance(a, Part) else a for step in self.steps for a in step.arguments]
+        sizes = {r.place: (self.rows or 0 if r.selected else self.tokens) * r.width for r in held if isinstance(r, Rows)}
+        return sum(sizes.values()) * DTYPES[self.dtype]
+
     def share(self) -> None:
-        """Gives every rows a place: those of one width take one another's memory, once nothing reads them any more."""
+        """Gives every rows a place: those of one size take one another's memory, once nothing reads them any more."""
         last: dict[Rows, int] = {}
         for index, step in enumerate(self.steps):
             for argument in step.arguments:
@@ -136,16 +147,16 @@ class Program:
                     last[rows] = index
         for output in self.outputs.values():
             last[output.rows if isinstance(output, Part) else output] = len(self.steps)
-        free: dict[int, list[int]] = {}
+        free: dict[tuple[int, bool], list[int]] = {}
         places = 0
         for index, step in enumerate(self.steps):
             read = (a.rows if isinstance(a, Part) else a for a in step.arguments)
             own = list(dict.fromkeys(rows for rows in read if isinstance(rows, Rows)))
             for rows in sorted((r for r in own if r.place < 0), key=lambda r: r.width):
-                if free.get(rows.width):
-                    rows.place = free[rows.width].pop()
+                if free.get((rows.width, rows.selected)):
+                    rows.place = free[rows.width, rows.selected].pop()
                 else:
                     rows.place, places = places, places + 1
             for rows in own:
                 if last[rows] == index:
-                    free.setdefault(rows.width, []).append(rows.place)
+                    free.setdefault((rows.width, rows.selected), []).append(rows.place)

@@ -104,7 +104,7 @@ def load(
             raise UsageError(
                 f"'{path}' is a folder, whose model is compiled for all sizes: dims and fuse are for files"
             )
-        return compile(_pretrained(Path(path), device, dtype), verify=verify)
+        return compile(pretrained(Path(path), device, dtype), verify=verify)
     if dtype is not None:
         raise UsageError(f"'{path}' is a file, which says itself what types it has: dtype is for folders")
     report = Report(str(path), "torch")
@@ -133,7 +133,7 @@ def _silent(stage: str) -> None:
     """Tells nobody of a stage."""
 
 
-def _pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
+def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
     """The module of a folder, of the class its config names.
 
     Raises:
@@ -147,10 +147,10 @@ def _pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.M
     if not (folder / "config.json").is_file():
         raise InputError(f"'{folder}' has no config.json: it is no folder of Hugging Face transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.frompretrained(folder, local_files_only=True)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         kind = next((one for one in named if one is not None), transformers.AutoModel)
-        module: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
+        module: nn.Module = kind.frompretrained(folder, local_files_only=True, dtype=dtype or "auto")
     except Exception as error:  # it raises what its parts raise: OSError, ValueError, errors of safetensors and JSON
         text = " ".join(str(error).split())
         raise InputError(f"'{folder}' cannot be loaded: {text[:300] or type(error).__name__}") from None

@@ -1,7 +1,7 @@
 """Runs the programs that codegen composes: weights made once, paged caches, kernels and torch's products in order."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -11,7 +11,7 @@ from fuser.codegen import cache
 from fuser.codegen.arrangement import Arrangement, Tokens, arrangement
 from fuser.codegen.compose import compose
 from fuser.codegen.embedding import Embedding
-from fuser.codegen.program import INPUTS, Argument, Cached, Input, Part, Program, Rows, Step, Weight
+from fuser.codegen.program import INPUTS, Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
 from fuser.codegen.tuning import table_of
 from fuser.constants import Constant, Joined
 from fuser.dtypes import DType
@@ -19,6 +19,8 @@ from fuser.errors import UsageError
 from fuser.evaluation import evaluate
 from fuser.graph import Graph, Node, Value
 from fuser.patterns.rotary_table import rotary_table
+from fuser.runtime.paging import Group
+from fuser.step_reference import reference
 from fuser.tensors import tensor_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -72,64 +74,117 @@ class Weights:
 class Stepper:
     """Steps of a fused decoder over paged caches, on one device.
 
-    `step` takes the new tokens of any sequences, as codegen's Program says, and gives the graph's outputs, a row for each.
+    A step takes the new tokens of any sequences, as codegen's Program says, and gives the graph's outputs, a row for each of
+    them, or for each that is chosen.
     """
 
     def __init__(
-        self, graph: Graph, *, dtype: str, device: torch.device | str, pages: int, page: int = 16, positions: int = 4096
-    ) -> None:
+        self, graph: Graph, *, dtype: str, device: torch.device | str, pages: int | None = None, page: int = 16,
+        positions: int = 4096, kernels: Literal["triton", "reference"] = "triton",
+    ) -> None:  # fmt: skip
         """
         Args:
             graph: fused; left as it is.
             dtype: bf16, fp16 or fp32, of weights, activations and caches.
-            pages: the cache's, of `page` tokens each.
+            pages: of the cache, of `page` tokens each, one block table for all layers; by default `allocate` makes them.
             positions: the longest sequence.
+            kernels: emitted ones, or what they compute by torch.
         """
-        self.graph, self.dtype, self.page = graph, dtype, page
+        self.graph, self.dtype, self.page, self.kernels = graph, dtype, page, kernels
         self.device = torch.device(device)
         self.weights = Weights(self.device, dtype, positions)
-        self.pages = pages
         self.caches: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self.groups: dict[tuple[str, str], int] = {}
         self.table = table_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        self._bound: dict[tuple[int, bool], Bound] = {}
+        self._programs: dict[tuple[int, bool, int | None], Program] = {}
+        self._bound: dict[tuple[int, bool, int | None], Bound] = {}
+        if pages is not None:
+            self.allocate(pages, [Group(None, tuple(range(len(self.states))))])
 
-    def bound(self, tokens: int, *, decode: bool) -> "Bound":
-        """The program for at most `tokens` tokens, with its memory; each is composed once.
+    def program(self, tokens: int, *, decode: bool, rows: int | None = None) -> Program:
+        """The program for at most `tokens` tokens, of at most `rows` of which outputs are made; each is composed once.
 
         Raises:
             UnsupportedOperator: the graph is not token-wise.
             UsageError: the graph has no embedding of as many positions as the stepper is for.
         """
-        key = tokens, decode
+        key = tokens, decode, rows
+        if key not in self._programs:
+            made = compose(
+                self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode, table=self.table, rows=rows,
+            )  # fmt: skip
+            _check_positions(made, self.weights.positions)
+            self._programs[key] = made
+        return self._programs[key]
+
+    @property
+    def _first(self) -> Program:
+        return self.program(1, decode=self.kernels == "triton")
+
+    @property
+    def states(self) -> list[State]:
+        """The keys and values of every layer."""
+        return self._first.states
+
+    def load(self, note: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Places every weight on the device, one after another; `note` is told how many of them are there."""
+        wanted = {a.key: a for step in self._first.steps for a in step.arguments if isinstance(a, Weight)}
+        for done, weight in enumerate(wanted.values()):
+            self.weights[weight]
+            note(done + 1, len(wanted))
+
+    def page_bytes(self, groups: Sequence[Group]) -> int:
+        """Bytes of one page."""
+        size = DTYPES[self.dtype].itemsize * self.page * 2
+        return sum(size * kv_heads * head_dim for _, kv_heads, head_dim in self._slots(groups))
+
+    def _slots(self, groups: Sequence[Group]) -> dict[tuple[int, int, int], list[State]]:
+        """The states that have one tensor between them: at most one of a group."""
+        found: dict[tuple[int, int, int], list[State]] = {}
+        for group in groups:
+            for place, layer in enumerate(group.layers):
+                state = self.states[layer]
+                found.setdefault((place, state.kv_heads, state.head_dim), []).append(state)
+        return found
+
+    def allocate(self, pages: int, groups: Sequence[Group]) -> None:
+        """Makes the caches, zeros. Layers of one group have one block table, layers of different ones share tensors."""
+        for i, group in enumerate(groups):
+            self.groups |= {self.states[layer].past: i for layer in group.layers}
+        for states in self._slots(groups).values():
+            shape = (pages, self.page, states[0].kv_heads, states[0].head_dim)
+            made = {which: torch.zeros(shape, dtype=DTYPES[self.dtype], device=self.device) for which in "kv"}
+            self.caches |= {state.past: made for state in states}
+
+    def bound(self, tokens: int, *, decode: bool, rows: int | None = None) -> "Bound":
+        """The program, as of `program`, with its memory and the caches."""
+        key = tokens, decode, rows
         if key not in self._bound:
-            program = compose(
-                self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode, table=self.table
-            )
-            _check_positions(program, self.weights.positions)
-            for state in program.states:
-                if state.past not in self.caches:
-                    shape = (self.pages, self.page, state.kv_heads, state.head_dim)
-                    self.caches[state.past] = {
-                        which: torch.zeros(shape, dtype=DTYPES[self.dtype], device=self.device) for which in "kv"
-                    }
-            self._bound[key] = Bound(program, self.weights, self.caches)
+            program = self.program(tokens, decode=decode, rows=rows)
+            self._bound[key] = Bound(program, self.weights, self.caches, self.groups, self.kernels)
         return self._bound[key]
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies whole pages of every layer; all are read before any is written."""
+        for tensor in {id(x): x for made in self.caches.values() for x in made.values()}.values():
+            tensor[targets] = tensor[sources]
 
 
 class Bound:
     """A program with the memory of its rows: calling it launches every step, on the current stream."""
 
-    def __init__(self, program: Program, weights: Weights, caches: dict[tuple[str, str], dict[str, Tensor]]) -> None:
-        self.program, self.weights, self.caches = program, weights, caches
+    def __init__(
+        self, program: Program, weights: Weights, caches: dict[tuple[str, str], dict[str, Tensor]],
+        groups: dict[tuple[str, str], int], kernels: str = "triton",
+    ) -> None:  # fmt: skip
+        self.program, self.weights, self.caches, self.groups, self.kernels = program, weights, caches, groups, kernels
         device, dtype = weights.device, DTYPES[program.dtype]
         rows = [a.rows if isinstance(a, Part) else a for step in program.steps for a in step.arguments]
-        widths = {r.place: r.width for r in rows if isinstance(r, Rows)}
-        self.memory = {
-            place: torch.empty(program.tokens, width, dtype=dtype, device=device) for place, width in widths.items()
-        }
-        kernels = [(step.kernel, program.tokens if step.by_sequence else 1) for step in program.steps if step.kernel]
-        floats = max((kernel.workspace[0] * count for kernel, count in kernels), default=0)
-        counters = max((kernel.workspace[1] * count for kernel, count in kernels), default=0)
+        sizes = {r.place: (program.rows or 0 if r.selected else program.tokens, r.width) for r in rows if isinstance(r, Rows)}
+        self.memory = {place: torch.empty(size, dtype=dtype, device=device) for place, size in sizes.items()}
+        used = [(step.kernel, program.tokens if step.by_sequence else 1) for step in program.steps if step.kernel]
+        floats = max((kernel.workspace[0] * count for kernel, count in used), default=0)
+        counters = max((kernel.workspace[1] * count for kernel, count in used), default=0)
         self.workspace = (
             torch.empty(floats, dtype=torch.float32, device=device),
             torch.zeros(counters, dtype=torch.int32, device=device),
@@ -139,20 +194,26 @@ class Bound:
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """The program's outputs, by name, for its inputs: int32 tensors on the device, and `longest`, a number.
 
+        slot_mapping and block_table have one dim more than the program says, in front: of the groups of layers.
         Positions are less than the stepper's, slots and pages are the cache's: what tensors hold is not looked at here.
 
         Raises:
             UsageError: an input is missing, or of another shape or type; more tokens than the program is for.
         """
-        tokens = self._checked(inputs)
-        for launch in self.launches:
-            launch(tokens, inputs)
-        return {name: self._rows(place, tokens) for name, place in self.program.outputs.items()}
+        self._checked(inputs)
+        return self.run(inputs)
 
-    def _checked(self, inputs: Mapping[str, Any]) -> int:
-        """How many tokens a step has, whose inputs fit one another."""
+    def run(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The same, of inputs that are right."""
+        for launch in self.launches:
+            launch(inputs)
+        return {name: self._rows(place, inputs) for name, place in self.program.outputs.items()}
+
+    def _checked(self, inputs: Mapping[str, Any]) -> None:
+        """Whether inputs fit one another and the program."""
         decode = self.program.decode
-        names = [name for name in INPUTS if name != "longest" and not (decode and name == "query_starts")]
+        left = {"longest", *["query_starts"] * decode, *["logit_rows"] * (self.program.rows is None)}
+        names = [name for name in INPUTS if name not in left]
         for name in names:
             given = inputs.get(name)
             if not isinstance(given, Tensor) or given.dtype is not torch.int32 or not given.is_contiguous():
@@ -171,37 +232,49 @@ class Bound:
             raise UsageError(f"step: longest must be a number, got {inputs.get('longest')}")
         wanted: dict[str, tuple[int, ...]] = dict.fromkeys(names, (n,))
         wanted |= {"context_lens": (sequences,), "query_starts": (sequences + 1,)}
-        wanted["block_table"] = sequences, inputs["block_table"].shape[-1:].numel()
+        groups = max(self.groups.values(), default=0) + 1
+        wanted["slot_mapping"] = groups, n
+        wanted["block_table"] = groups, sequences, inputs["block_table"].shape[-1:].numel()
+        if self.program.rows is not None:
+            chosen = inputs["logit_rows"].numel()
+            wanted["logit_rows"] = (chosen,)
+            if not 1 <= chosen <= self.program.rows:
+                raise UsageError(f"step: this program gives outputs of 1 to {self.program.rows} rows, not of {chosen}")
         for name in names:
             if inputs[name].shape != wanted[name]:
                 raise UsageError(f"step: {name} must be {[*wanted[name]]}, got {[*inputs[name].shape]}")
-        return n
 
-    def _rows(self, place: Rows | Part, tokens: int) -> Tensor:
-        if isinstance(place, Part):
-            return self.memory[place.rows.place][:tokens, place.start : place.stop]
-        return self.memory[place.place][:tokens]
+    def _rows(self, place: Rows | Part, inputs: Mapping[str, Any]) -> Tensor:
+        rows = place.rows if isinstance(place, Part) else place
+        memory = self.memory[rows.place][: len(inputs["logit_rows" if rows.selected else "tokens"])]
+        return memory[:, place.start : place.stop] if isinstance(place, Part) else memory
 
-    def _reader(self, argument: Argument) -> Callable[[int, dict[str, Any]], Any]:
+    def _reader(self, argument: Argument) -> Callable[[dict[str, Any]], Any]:
         """How an argument's tensor is found, at a step."""
         if isinstance(argument, (Rows, Part)):
-            return lambda tokens, inputs: self._rows(argument, tokens)
+            return lambda inputs: self._rows(argument, inputs)
         if isinstance(argument, Input):
-            return lambda tokens, inputs: inputs[argument.name]
+            if argument.state is None:
+                return lambda inputs: inputs[argument.name]
+            group = self.groups[argument.state.past]
+            return lambda inputs: inputs[argument.name][group]
         held = (
             self.caches[argument.state.past][argument.which] if isinstance(argument, Cached) else self.weights[argument]
         )
-        return lambda tokens, inputs: held
+        return lambda inputs: held
 
-    def _launch(self, step: Step) -> Callable[[int, dict[str, Any]], None]:
+    def _launch(self, step: Step) -> Callable[[dict[str, Any]], None]:
         readers = [self._reader(argument) for argument in step.arguments]
         run = self._kernel(step) if step.kernel is not None else self._product(step) if step.kind == "product" else None
         if run is None:
             run = self._evaluated(step.nodes[0])
-        return lambda tokens, inputs: run([read(tokens, inputs) for read in readers])
+        return lambda inputs: run([read(inputs) for read in readers])
 
     def _kernel(self, step: Step) -> Callable[[list[Any]], None]:
         assert step.kernel is not None
+        if self.kernels == "reference":
+            compute = reference(step.what)
+            return lambda arguments: compute(*arguments)
         launch = cache.load(step.kernel).launch
         scratch = self.workspace if step.kernel.workspace[0] else ()
         return lambda arguments: launch(*arguments, *scratch)

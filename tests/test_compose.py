@@ -189,7 +189,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
             "positions must be a contiguous int32 tensor, got torch.int64",
         ),
         ("slot_mapping", None, "slot_mapping must be a contiguous int32 tensor, got None"),
-        ("block_table", torch.zeros(2, 5, dtype=torch.int32), r"block_table must be \[3, 5\], got \[2, 5\]"),
+        ("block_table", torch.zeros(1, 2, 5, dtype=torch.int32), r"block_table must be \[1, 3, 5\], got \[1, 2, 5\]"),
         ("context_lens", torch.zeros(2, dtype=torch.int32), "3 tokens of 2 sequences"),
     ):
         with pytest.raises(UsageError, match=reason):
@@ -199,6 +199,5 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 
 def test_more_positions_than_are_embedded_are_refused() -> None:
-    stepper = Stepper(fused("gpt2"), dtype="fp32", device=DEVICE, pages=2, positions=architectures.MAX_POSITIONS + 1)
     with pytest.raises(UsageError, match="80 positions, not 81"):
-        stepper.bound(1, decode=True)
+        Stepper(fused("gpt2"), dtype="fp32", device=DEVICE, pages=2, positions=architectures.MAX_POSITIONS + 1)

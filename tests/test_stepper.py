@@ -77,8 +77,8 @@ class Sequences:
         given = {
             "tokens": torch.cat([ids[slice(*span)] for ids, span in zip(self.ids, spans, strict=True)]).int(),
             "positions": positions,
-            "slot_mapping": slots,
-            "block_table": self.table,
+            "slot_mapping": slots[None],
+            "block_table": self.table[None],
             "context_lens": torch.tensor([stop for _, stop in spans], dtype=torch.int32),
             "query_starts": torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
         }
@@ -225,5 +225,5 @@ def test_an_encoder_is_refused_by_name() -> None:
 
 
 def test_a_step_has_a_token_or_more() -> None:
-    with pytest.raises(UsageError, match="1 to 64"):
-        compose(fused("llama"), dtype="bf16", tokens=65, decode=True)
+    with pytest.raises(UsageError, match="1 or more tokens, not 0"):
+        compose(fused("llama"), dtype="bf16", tokens=0)

@@ -1,0 +1,137 @@
+"""Steps of a decoder that is not token-wise, or has what no kernel computes: the graph itself, on padded batches.
+
+Keys and values are gathered from their pages into the graph's past and, once it has run, what is new is written back. A graph
+that takes no mask or no positions is run for one sequence at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fuser.errors import UnsupportedOperator
+from fuser.graph import FUSER, Graph, Value
+from fuser.runtime.engine import Step
+from fuser.runtime.executor import Executor
+from fuser.runtime.torch_kernels import KERNELS
+from fuser.verification import Role, roles
+
+
+class PaddedRunner:
+    """Steps by a graph of (tokens [B, S], perhaps mask [B, P + S], positions [B, S], past keys and values [B, G, P, Dh])."""
+
+    looks_ahead = False
+
+    def __init__(self, graph: Graph, *, device: torch.device | str, page: int) -> None:
+        """
+        Raises:
+            UnsupportedOperator: the graph takes something else, or declares no state.
+        """
+        self.device, self.page = torch.device(device), page
+        self.roles = roles(graph)
+        self.inputs = {value.name: value for value in graph.inputs}
+        self.states = _states(graph)
+        strange = [r.name for r in self.roles if r.kind not in ("tokens", "mask", "positions", "state") or (
+            r.kind == "state" and r.name not in self.states) or (r.kind == "mask" and len(r.shape) != 2)]  # fmt: skip
+        tokens = [role for role in self.roles if role.kind == "tokens"]
+        if not self.states or strange or len(tokens) != 1:
+            what = f"input '{strange[0]}' is not known" if strange else "it declares no keys and values that it keeps"
+            raise UnsupportedOperator(f"no generation: {what}")
+        self.vocabulary = tokens[0].bound
+        kinds = {role.kind for role in self.roles}
+        self.is_batched = {"mask", "positions"} <= kinds and not isinstance(tokens[0].shape[0], int)
+        self.executor = Executor(graph, device=self.device, kernels=KERNELS)
+        self.outputs = list(graph.output_names)
+        widths = {v.name: v.shape[-1] for v in graph.outputs if v.shape and len(v.shape) == 3 and isinstance(v.shape[-1], int)}
+        self.logits = max(widths, key=lambda name: int(widths[name]))
+        self.caches: dict[str, Tensor] = {}
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of every layer."""
+        return sum(self._row(name)[0] * self._row(name)[1] * self._dtype(name).itemsize * self.page for name in self.states)
+
+    def allocate(self, pages: int) -> None:
+        """Makes the caches, zeros: [pages, page, G, Dh] of every state."""
+        for name in self.states:
+            shape = pages, self.page, *self._row(name)
+            self.caches[name] = torch.zeros(shape, dtype=self._dtype(name), device=self.device)
+
+    def _row(self, name: str) -> tuple[int, int]:
+        shape = self.inputs[name].shape
+        assert shape is not None
+        return int(shape[1]), int(shape[3])
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self.inputs[name].dtype
+        assert dtype is not None
+        return dtype.torch
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for cache in self.caches.values():
+            cache[list(targets)] = cache[list(sources)]
+
+    def choose(self, tokens: Tensor) -> None:
+        """Tokens are read before the next step, which gives them."""
+
+    def run(self, step: Step) -> tuple[Tensor, Tensor]:
+        counts = (step.query_starts[1:] - step.query_starts[:-1]).tolist()
+        everyone = list(range(len(counts)))
+        parts = [everyone] if self.is_batched else [[row] for row in everyone]
+        rows = torch.cat([self._part(step, part, counts) for part in parts])
+        logits = rows[torch.from_numpy(step.logit_rows).to(self.device).long()]
+        return logits, logits.argmax(-1).to(torch.int32)
+
+    def _part(self, step: Step, part: list[int], counts: list[int]) -> Tensor:
+        """Logits of all new tokens of some sequences, one after another."""
+        starts = [int(step.context_lens[row]) - counts[row] for row in part]
+        P, S = max(starts), max(counts[row] for row in part)
+        given = [self._given(role, step, part, counts, starts, P, S) for role in self.roles]
+        made = dict(zip(self.outputs, self.executor(*given), strict=True))
+        for i, row in enumerate(part):
+            span = slice(int(step.query_starts[row]), int(step.query_starts[row + 1]))
+            slots = torch.from_numpy(step.slot_mapping[0, span]).to(self.device).long()
+            for past, present in self.states.items():
+                new = made[present][i, :, P : P + counts[row]].transpose(0, 1)
+                self.caches[past].flatten(0, 1)[slots] = new
+        logits = made[self.logits]
+        return torch.cat([logits[i, : counts[row]] for i, row in enumerate(part)])
+
+    def _given(
+        self, role: Role, step: Step, part: list[int], counts: list[int], starts: list[int], P: int, S: int
+    ) -> Tensor:
+        """An input of the graph: what was before a sequence's new tokens ends where they begin, padding is around both."""
+        B = len(part)
+        if role.kind == "state":
+            past = torch.zeros(B, self._row(role.name)[0], P, self._row(role.name)[1], dtype=self._dtype(role.name))
+            past = past.to(self.device)
+            for i, (row, start) in enumerate(zip(part, starts, strict=True)):
+                pages = torch.from_numpy(step.block_table[0, row, : -(-start // self.page)]).to(self.device).long()
+                held = self.caches[role.name][pages].flatten(0, 1)[:start]
+                past[i, :, P - start :] = held.transpose(0, 1)
+            return past
+        width = P + S if role.kind == "mask" else S
+        filled = torch.zeros(B, width, dtype=role.dtype.torch)
+        for i, (row, start) in enumerate(zip(part, starts, strict=True)):
+            first, count = int(step.query_starts[row]), counts[row]
+            if role.kind == "mask":
+                filled[i, P - start : P + count] = 1
+            else:
+                source = step.tokens if role.kind == "tokens" else step.positions
+                filled[i, :count] = torch.from_numpy(source[first : first + count])
+        return filled.to(self.device)
+
+
+def _states(graph: Graph) -> dict[str, str]:
+    """The inputs that hold keys or values, and the outputs that hold them afterwards."""
+    found = {}
+    for node in graph.nodes:
+        if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write"):
+            for past, present in zip(node.inputs[-2:], node.outputs[-2:], strict=True):
+                if past is not None and past in graph.inputs and present.is_output and _is_sized(past):
+                    found[past.name] = present.name
+    return found
+
+
+def _is_sized(past: Value) -> bool:
+    return past.shape is not None and isinstance(past.shape[1], int) and isinstance(past.shape[3], int)

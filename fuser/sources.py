@@ -1,0 +1,127 @@
+"""Where a decoder to generate with comes from: a file, a folder, a module; its fused graph, and what stands beside it."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuser.compilation import Options
+from fuser.compiling import Compiled
+from fuser.errors import InputError, UsageError
+from fuser.graph import Graph
+from fuser.loading import load, pretrained
+from fuser.pipeline import Progress
+from fuser.pretrained import Pretrained, is_pretrained
+from fuser.report import Report
+
+CONFIGS = ("config.json", "generation_config.json")  # the later ones say more of generating
+
+
+@dataclass
+class Source:
+    """A fused decoder, and what is known of it."""
+
+    graph: Graph
+    report: Report
+    folder: Path | None = None  # where a tokenizer may be
+    config: Mapping[str, Any] = field(default_factory=dict)
+    device: torch.device | None = None  # where its weights are
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        found = self.config.get("eos_token_id")
+        return tuple(found) if isinstance(found, (list, tuple)) else (found,) if isinstance(found, int) else ()
+
+    @property
+    def max_length(self) -> int | None:
+        """The most positions, if it is said."""
+        names = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx", "seq_length")
+        found = [self.config.get(name) for name in names]
+        return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+    def tokenizer(self, given: Any) -> Any:
+        """The tokenizer that was given, or that lies in a folder; None where there is none.
+
+        Raises:
+            InputError: it cannot be read.
+            UsageError: what was given is none.
+        """
+        if given is not None and not isinstance(given, (str, os.PathLike)):
+            if hasattr(given, "encode") and hasattr(given, "decode"):
+                return given
+            raise UsageError(f"a tokenizer has encode and decode, {type(given).__name__} has not")
+        folder = Path(given) if given is not None else self.folder
+        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        if folder is None or (given is None and not any((folder / name).is_file() for name in names)):
+            return None
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            if given is None:
+                return None
+            raise UsageError("a tokenizer's folder needs transformers: pip install 'fuser[hf]'") from None
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # it raises what its parts raise
+            text = " ".join(str(error).split())
+            raise InputError(f"the tokenizer of '{folder}' cannot be loaded: {text[:300] or type(error).__name__}") from None
+
+
+def source_of(model: Any, *, verify: bool, note: Progress) -> Source:
+    """What a model is, fused.
+
+    Raises:
+        InputError: it cannot be read or captured.
+        UnsupportedOperator: it has an operator that is not known.
+        UsageError: it is none that can be generated with.
+    """
+    if isinstance(model, Compiled):
+        return _of_module(model, model.graph, model.report)
+    if isinstance(model, nn.Module):
+        if not is_pretrained(model):
+            raise UsageError(
+                f"LLM takes a decoder of transformers or what fuser.compile made, not a {type(model).__name__}"
+            )
+        linked = Pretrained(model, Options(True, "auto", verify, note, is_run=False)).first
+        return _of_module(model, linked.graph, linked.report)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"LLM takes a path or a module, not a {type(model).__name__}")
+    path = Path(model)
+    if path.is_dir():
+        note("read")
+        made = source_of(pretrained(path, None, None), verify=verify, note=note)
+        made.folder, made.device = path, None
+        made.config = {**made.config, **_configs(path)}
+        return made
+    note("fuse")
+    loaded = load(path, verify=verify)
+    return Source(loaded.graph, loaded.report, path.parent, _configs(path.parent))
+
+
+def _of_module(module: Any, graph: Graph, report: Report) -> Source:
+    config: dict[str, Any] = {}
+    for name in ("config", "generation_config"):
+        held = getattr(module, name, None)
+        if held is not None:
+            config |= {key: value for key, value in held.to_dict().items() if value is not None}
+    parameter = next(module.parameters(), None)
+    return Source(graph, report, None, config, parameter.device if parameter is not None else None)
+
+
+def _configs(folder: Path) -> dict[str, Any]:
+    """What the configs beside a model say."""
+    found: dict[str, Any] = {}
+    for name in CONFIGS:
+        try:
+            held = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(held, dict):
+            found |= {key: value for key, value in held.items() if value is not None}
+    return found
