@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fuser.codegen.step_inputs import inputs_of, shifted
 from fuser.errors import UnsupportedOperator
 from fuser.graph import FUSER, Graph, Value
 from fuser.runtime.engine import Step
 from fuser.runtime.executor import Executor
 from fuser.runtime.torch_kernels import KERNELS
-from fuser.verification import Role, roles
 
 
 class PaddedRunner:
@@ -28,20 +28,20 @@ class PaddedRunner:
             UnsupportedOperator: the graph takes something else, or declares no state.
         """
         self.device, self.page = torch.device(device), page
-        self.roles = roles(graph)
         self.inputs = {value.name: value for value in graph.inputs}
         self.states = _states(graph)
-        strange = [r.name for r in self.roles if r.kind not in ("tokens", "mask", "positions", "state") or (
-            r.kind == "state" and r.name not in self.states) or (r.kind == "mask" and len(r.shape) != 2)]  # fmt: skip
-        tokens = [role for role in self.roles if role.kind == "tokens"]
-        if not self.states or strange or len(tokens) != 1:
-            what = f"input '{strange[0]}' is not known" if strange else "it declares no keys and values that it keeps"
-            raise UnsupportedOperator(f"no generation: {what}")
-        self.vocabulary = tokens[0].bound
-        kinds = {role.kind for role in self.roles}
-        self.is_batched = {"mask", "positions"} <= kinds and not isinstance(tokens[0].shape[0], int)
+        self.kinds = _kinds(graph, self.states)
+        tokens = next((value for value in graph.inputs if self.kinds[value.name] == "tokens"), None)
+        strange = next((name for name, kind in self.kinds.items() if not kind), None)
+        if tokens is None:
+            raise UnsupportedOperator("no generation: no input [batch, sequence] holds token ids")
+        if not self.states or strange is not None:
+            lacks = f"what input '{strange}' is for is not known" if strange else "no keys and values are kept"
+            raise UnsupportedOperator(f"no generation: {lacks}")
+        self.vocabulary = _rows(graph, tokens)
+        self.is_batched = {"mask", "positions"} <= {*self.kinds.values()} and not isinstance((tokens.shape or (1,))[0], int)
         self.executor = Executor(graph, device=self.device, kernels=KERNELS)
-        self.outputs = list(graph.output_names)
+        self.outputs = [value.name for value in graph.outputs]
         widths = {v.name: v.shape[-1] for v in graph.outputs if v.shape and len(v.shape) == 3 and isinstance(v.shape[-1], int)}
         self.logits = max(widths, key=lambda name: int(widths[name]))
         self.caches: dict[str, Tensor] = {}
@@ -86,7 +86,7 @@ class PaddedRunner:
         """Logits of all new tokens of some sequences, one after another."""
         starts = [int(step.context_lens[row]) - counts[row] for row in part]
         P, S = max(starts), max(counts[row] for row in part)
-        given = [self._given(role, step, part, counts, starts, P, S) for role in self.roles]
+        given = [self._given(name, step, part, counts, starts, P, S) for name in self.inputs]
         made = dict(zip(self.outputs, self.executor(*given), strict=True))
         for i, row in enumerate(part):
             span = slice(int(step.query_starts[row]), int(step.query_starts[row + 1]))
@@ -98,40 +98,67 @@ class PaddedRunner:
         return torch.cat([logits[i, : counts[row]] for i, row in enumerate(part)])
 
     def _given(
-        self, role: Role, step: Step, part: list[int], counts: list[int], starts: list[int], P: int, S: int
+        self, name: str, step: Step, part: list[int], counts: list[int], starts: list[int], P: int, S: int
     ) -> Tensor:
         """An input of the graph: what was before a sequence's new tokens ends where they begin, padding is around both."""
-        B = len(part)
-        if role.kind == "state":
-            past = torch.zeros(B, self._row(role.name)[0], P, self._row(role.name)[1], dtype=self._dtype(role.name))
-            past = past.to(self.device)
+        B, kind = len(part), self.kinds[name]
+        if kind == "state":
+            past = torch.zeros(B, self._row(name)[0], P, self._row(name)[1], dtype=self._dtype(name), device=self.device)
             for i, (row, start) in enumerate(zip(part, starts, strict=True)):
                 pages = torch.from_numpy(step.block_table[0, row, : -(-start // self.page)]).to(self.device).long()
-                held = self.caches[role.name][pages].flatten(0, 1)[:start]
-                past[i, :, P - start :] = held.transpose(0, 1)
+                past[i, :, P - start :] = self.caches[name][pages].flatten(0, 1)[:start].transpose(0, 1)
             return past
-        width = P + S if role.kind == "mask" else S
-        filled = torch.zeros(B, width, dtype=role.dtype.torch)
+        filled = torch.zeros(B, P + S if kind == "mask" else S, dtype=self._dtype(name))
         for i, (row, start) in enumerate(zip(part, starts, strict=True)):
             first, count = int(step.query_starts[row]), counts[row]
-            if role.kind == "mask":
+            if kind == "mask":
                 filled[i, P - start : P + count] = 1
             else:
-                source = step.tokens if role.kind == "tokens" else step.positions
+                source = step.tokens if kind == "tokens" else step.positions
                 filled[i, :count] = torch.from_numpy(source[first : first + count])
         return filled.to(self.device)
 
 
 def _states(graph: Graph) -> dict[str, str]:
-    """The inputs that hold keys or values, and the outputs that hold them afterwards."""
+    """The inputs that hold keys or values [B, G, P, Dh], and the outputs that hold them afterwards."""
     found = {}
     for node in graph.nodes:
         if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write"):
-            for past, present in zip(node.inputs[-2:], node.outputs[-2:], strict=True):
-                if past is not None and past in graph.inputs and present.is_output and _is_sized(past):
-                    found[past.name] = present.name
+            pairs = [*zip(node.inputs[-2:], node.outputs[-2:], strict=True)]
+        elif node.is_a("Concat") and node.attributes.get("axis") in (2, -2):
+            pairs = [(node.inputs[0], node.output)]
+        else:
+            continue
+        for past, present in pairs:
+            if past is not None and past in graph.inputs and present in graph.outputs and _is_sized(past):
+                found[past.name] = present.name
     return found
 
 
 def _is_sized(past: Value) -> bool:
-    return past.shape is not None and isinstance(past.shape[1], int) and isinstance(past.shape[3], int)
+    return past.shape is not None and len(past.shape) == 4 and all(isinstance(past.shape[i], int) for i in (1, 3))
+
+
+def _kinds(graph: Graph, states: dict[str, str]) -> dict[str, str]:
+    """What each input is for: `tokens`, `positions`, which has their shape, `mask`, `state`; nothing where that is not known."""
+    found = dict.fromkeys((value.name for value in graph.inputs), "")
+    tokens = next((value for value, kind in inputs_of(graph).items() if kind == "tokens"), None)
+    for value in graph.inputs:
+        if value is tokens:
+            found[value.name] = "tokens"
+        elif value.name in states:
+            found[value.name] = "state"
+        elif tokens is not None and value.shape is not None and len(value.shape) == 2:
+            is_integer = value.dtype is not None and not value.dtype.is_float
+            found[value.name] = "positions" if is_integer and value.shape == tokens.shape else "mask"
+    return found
+
+
+def _rows(graph: Graph, tokens: Value) -> int:
+    """The rows of the table that token ids choose from."""
+    sizes = [
+        node.inputs[0].constant.shape[0] for node in graph.nodes
+        if node.is_a("Gather") and shifted(node.input(1)) == (tokens, 0)
+        and node.inputs[0] is not None and node.inputs[0].constant is not None
+    ]  # fmt: skip
+    return min(sizes)
