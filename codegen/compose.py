@@ -104,7 +104,9 @@ class _Composer:
         for value in self.graph.outputs:
             if value not in self.states:
                 place = self._rows(value, value.producer)
-                self.made.outputs[value.name] = place if self.made.rows is None else self._selected(place, value.producer)
+                self.made.outputs[value.name] = (
+                    place if self.made.rows is None else self._selected(place, value.producer)
+                )
         for state, windows in self.windows.items():
             known = [window for window in windows if window is not None]
             state.window = max(known) if len(known) == len(windows) else None
@@ -125,14 +127,19 @@ class _Composer:
 
     def _selected(self, place: Rows | Part, reader: Node | None) -> Rows | Part:
         """Of rows those that outputs are made of."""
-        rows = place.rows if isinstance(place, Part) else place
-        if not rows.selected and rows not in self.chosen:
-            self.chosen[rows] = Rows(rows.width, selected=True)
+        if isinstance(place, Part):
+            return Part(self._selection(place.rows, reader), place.start, place.stop)
+        return self._selection(place, reader)
+
+    def _selection(self, rows: Rows, reader: Node | None) -> Rows:
+        if rows.selected:
+            return rows
+        if rows not in self.chosen:
+            self.chosen[rows] = made = Rows(rows.width, selected=True)
             what = Embedding(rows.width, (self.made.tokens,), dtype=self.made.dtype)
-            arguments = [Input("logit_rows"), rows, self.chosen[rows]]
-            self._add(embedding(what), what, arguments, [reader] if reader is not None else [])
-        made = self.chosen.get(rows, rows)
-        return Part(made, place.start, place.stop) if isinstance(place, Part) else made
+            nodes = [reader] if reader is not None else []
+            self._add(embedding(what), what, [Input("logit_rows"), rows, made], nodes)
+        return self.chosen[rows]
 
     def _whole(self, value: Value | None, reader: Node) -> Rows:
         """Where the rows of a value are one after another; columns of wider rows are copied."""
@@ -184,8 +191,7 @@ class _Composer:
             x, kind = self._whole(before.inputs[0], before), "rms" if before.op == "rms_norm" else "layer"
         else:
             x = self._norm(before, scaled=not folded)
-            if node in self.tail and not x.selected:
-                x = self._selected(x, node)
+            x = self._selection(x, node) if node in self.tail else x
         tensors: dict[str, Argument] = {"x": x, "weight": weight}
         if kind == "layer":
             tensors["column_sums"] = Weight("column_sums", found.weight, scale)

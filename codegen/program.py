@@ -134,7 +134,9 @@ class Program:
     def row_bytes(self) -> int:
         """Bytes of the memory that rows take."""
         held = [a.rows if isinstance(a, Part) else a for step in self.steps for a in step.arguments]
-        sizes = {r.place: (self.rows or 0 if r.selected else self.tokens) * r.width for r in held if isinstance(r, Rows)}
+        sizes = {
+            r.place: (self.rows or 0 if r.selected else self.tokens) * r.width for r in held if isinstance(r, Rows)
+        }
         return sum(sizes.values()) * DTYPES[self.dtype]
 
     def share(self) -> None:

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from fuser.padded import PaddedRunner
 from fuser.pipeline import Progress
 from fuser.running import PagedRunner
 from fuser.runtime.engine import Engine, Event, Runner, Scores, Statistics
-from fuser.runtime.engine import Sequence as Running
 from fuser.runtime.paging import Group, Pool, layer_groups
 from fuser.runtime.parameters import SamplingParams
+from fuser.runtime.scheduler import Sequence as Running
 from fuser.runtime.text import Growing, Tokenizer
 from fuser.sources import Source, source_of
 from fuser.stepping import DTYPES, Stepper, dtype_of
@@ -112,8 +111,8 @@ class LLM:
     """
 
     def __init__(
-        self, model: "str | os.PathLike[str] | nn.Module", *, dtype: str | None = None, device: torch.device | str | None = None,
-        kv_cache: str = "auto", page_size: int = 16, max_tokens_in_flight: int | None = None, memory_fraction: float = 0.9,
+        self, model: "str | os.PathLike[str] | nn.Module", *, dtype: str | None = None,
+        device: torch.device | str | None = None, kv_cache: str = "auto", page_size: int = 16, max_tokens_in_flight: int | None = None, memory_fraction: float = 0.9,
         max_length: int | None = None, max_sequences: int = 256, max_step_tokens: int | None = None,
         prefix_caching: bool = True, tokenizer: Any = None, verify: bool = True, progress: Progress | None = None,
     ) -> None:  # fmt: skip
@@ -182,7 +181,12 @@ class LLM:
     ) -> tuple[Runner, Pool]:
         kernels: Any = "triton" if self.device.type == "cuda" else "reference"
         stepper = Stepper(
-            source.graph, dtype=self.dtype, device=self.device, page=sizing.page, positions=self.max_length, kernels=kernels
+            source.graph,
+            dtype=self.dtype,
+            device=self.device,
+            page=sizing.page,
+            positions=self.max_length,
+            kernels=kernels,
         )
         groups = layer_groups([state.window for state in stepper.states])
         if not groups:
@@ -194,7 +198,12 @@ class LLM:
         stepper.allocate(pages + 1, groups)
         note("load kernels")
         runner = PagedRunner(
-            stepper, step_tokens=step_tokens, step_rows=sequences, sequences=sequences, positions=self.max_length, note=note
+            stepper,
+            step_tokens=step_tokens,
+            step_rows=sequences,
+            sequences=sequences,
+            positions=self.max_length,
+            note=note,
         )
         return runner, Pool(pages, sizing.page, groups, prefix_caching=prefix_caching)
 
@@ -202,7 +211,9 @@ class LLM:
         runner = PaddedRunner(source.graph, device=self.device, page=sizing.page)
         pages = sizing.pages(runner.page_bytes, 1, 0)
         runner.allocate(pages + 1)
-        return runner, Pool(pages, sizing.page, [Group(None, tuple(range(len(runner.states))))], prefix_caching=prefix_caching)
+        return runner, Pool(
+            pages, sizing.page, [Group(None, tuple(range(len(runner.states))))], prefix_caching=prefix_caching
+        )
 
     @property
     def statistics(self) -> Statistics:
@@ -328,7 +339,9 @@ class LLM:
         if not isinstance(prompt, str):
             return list(prompt) if isinstance(prompt, Iterable) else prompt
         if self.tokenizer is None:
-            raise UsageError("a prompt of text needs a tokenizer, and the model has none: give token ids, or LLM a tokenizer")
+            raise UsageError(
+                "a prompt of text needs a tokenizer, and the model has none: give token ids, or LLM a tokenizer"
+            )
         return list(self.tokenizer.encode(prompt))
 
     def _advanced(self) -> list[Chunk]:

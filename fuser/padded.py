@@ -39,17 +39,23 @@ class PaddedRunner:
             lacks = f"what input '{strange}' is for is not known" if strange else "no keys and values are kept"
             raise UnsupportedOperator(f"no generation: {lacks}")
         self.vocabulary = _rows(graph, tokens)
-        self.is_batched = {"mask", "positions"} <= {*self.kinds.values()} and not isinstance((tokens.shape or (1,))[0], int)
+        self.is_batched = {"mask", "positions"} <= {*self.kinds.values()} and not isinstance(
+            (tokens.shape or (1,))[0], int
+        )
         self.executor = Executor(graph, device=self.device, kernels=KERNELS)
         self.outputs = [value.name for value in graph.outputs]
-        widths = {v.name: v.shape[-1] for v in graph.outputs if v.shape and len(v.shape) == 3 and isinstance(v.shape[-1], int)}
+        widths = {
+            v.name: v.shape[-1] for v in graph.outputs if v.shape and len(v.shape) == 3 and isinstance(v.shape[-1], int)
+        }
         self.logits = max(widths, key=lambda name: int(widths[name]))
         self.caches: dict[str, Tensor] = {}
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of every layer."""
-        return sum(self._row(name)[0] * self._row(name)[1] * self._dtype(name).itemsize * self.page for name in self.states)
+        return sum(
+            self._row(name)[0] * self._row(name)[1] * self._dtype(name).itemsize * self.page for name in self.states
+        )
 
     def allocate(self, pages: int) -> None:
         """Makes the caches, zeros: [pages, page, G, Dh] of every state."""
@@ -103,7 +109,9 @@ class PaddedRunner:
         """An input of the graph: what was before a sequence's new tokens ends where they begin, padding is around both."""
         B, kind = len(part), self.kinds[name]
         if kind == "state":
-            past = torch.zeros(B, self._row(name)[0], P, self._row(name)[1], dtype=self._dtype(name), device=self.device)
+            past = torch.zeros(
+                B, self._row(name)[0], P, self._row(name)[1], dtype=self._dtype(name), device=self.device
+            )
             for i, (row, start) in enumerate(zip(part, starts, strict=True)):
                 pages = torch.from_numpy(step.block_table[0, row, : -(-start // self.page)]).to(self.device).long()
                 past[i, :, P - start :] = self.caches[name][pages].flatten(0, 1)[:start].transpose(0, 1)
@@ -140,7 +148,7 @@ def _is_sized(past: Value) -> bool:
 
 
 def _kinds(graph: Graph, states: dict[str, str]) -> dict[str, str]:
-    """What each input is for: `tokens`, `positions`, which has their shape, `mask`, `state`; nothing where that is not known."""
+    """What each input is for: `tokens`, `positions` (of their shape), `mask`, `state`; nothing where that is not known."""
     found = dict.fromkeys((value.name for value in graph.inputs), "")
     tokens = next((value for value, kind in inputs_of(graph).items() if kind == "tokens"), None)
     for value in graph.inputs:

@@ -50,7 +50,9 @@ class PagedRunner:
         self.sequences, self.graph_bytes = sequences, graph_bytes
         self.blocks = -(-positions // stepper.page)
         self.groups = max(stepper.groups.values(), default=0) + 1
-        self.last = torch.zeros(sequences + 1, dtype=torch.int32, device=self.device)  # and one that nothing is chosen for
+        self.last = torch.zeros(
+            sequences + 1, dtype=torch.int32, device=self.device
+        )  # and one that nothing is chosen for
         self.pool = torch.cuda.graph_pool_handle() if self.looks_ahead else None
         self.captured: dict[int, _Captured] = {}
         self.captured_bytes = 0
@@ -118,9 +120,9 @@ class PagedRunner:
             return {name: torch.from_numpy(array) for name, array in arrays.items()}
         sizes = [-(-array.size // 4) * 4 for array in arrays.values()]  # each begins at a multiple of 16 bytes
         packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
-        for part, array in zip(packed.split(sizes), arrays.values(), strict=True):
+        for part, array in zip(torch.split(packed, sizes), arrays.values(), strict=True):
             part[: array.size] = torch.from_numpy(array.reshape(-1))
-        parts = packed.to(self.device, non_blocking=True).split(sizes)
+        parts = torch.split(packed.to(self.device, non_blocking=True), sizes)
         return {
             name: part[: array.size].view(array.shape)
             for part, (name, array) in zip(parts, arrays.items(), strict=True)
@@ -176,7 +178,7 @@ class _Captured:
         nobody = torch.tensor([0, -1, 0, 0, runner.sequences] + [-1] * groups, dtype=torch.int32, device=device)
         self.head.copy_(nobody[:, None].expand_as(self.head))
         self.nobody = nobody.cpu().numpy()
-        side = torch.cuda.Stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # compiles, and places what is made once
             self._body()

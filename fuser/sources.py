@@ -70,7 +70,9 @@ class Source:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # it raises what its parts raise
             text = " ".join(str(error).split())
-            raise InputError(f"the tokenizer of '{folder}' cannot be loaded: {text[:300] or type(error).__name__}") from None
+            raise InputError(
+                f"the tokenizer of '{folder}' cannot be loaded: {text[:300] or type(error).__name__}"
+            ) from None
 
 
 def source_of(model: Any, *, verify: bool, note: Progress) -> Source:

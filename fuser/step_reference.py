@@ -40,10 +40,11 @@ def reference(what: Any) -> Launch:
     Raises:
         UnsupportedOperator: there is none.
     """
-    for kind, function in ((Elementwise, elementwise), (Embedding, embedding), (Rotary, rotary), (Attention, attention)):
-        if isinstance(what, kind):
-            made: Launch = function(what)
-            return made
+    functions: dict[type, Callable[[Any], Launch]] = {
+        Elementwise: elementwise, Embedding: embedding, Rotary: rotary, Attention: attention
+    }  # fmt: skip
+    if type(what) in functions:
+        return functions[type(what)](what)
     raise UnsupportedOperator(f"no reference kernel computes {type(what).__name__}")
 
 
@@ -52,7 +53,7 @@ def elementwise(what: Elementwise) -> Launch:
 
     def launch(*tensors: Tensor) -> None:
         given = [
-            x.float().unflatten(-1, (what.groups, what.D)) if isinstance(kind, Row) else x.float()
+            x.float().reshape(len(x), what.groups, what.D) if isinstance(kind, Row) else x.float()
             for kind, x in zip(what.inputs, tensors, strict=False)
         ]
         made: list[Tensor] = []
@@ -70,9 +71,11 @@ def elementwise(what: Elementwise) -> Launch:
 
 def _computed(step: Computed, operands: list[Any], D: int) -> Tensor:
     if step.op == "gated":
-        return OPERATORS[step.activation](operands[0]) * operands[1]
+        gate: Tensor = OPERATORS[step.activation](operands[0])
+        return gate * operands[1]
     if step.op not in NORMS:
-        return OPERATORS[step.op](*operands)
+        found: Tensor = OPERATORS[step.op](*operands)
+        return found
     x, weight, bias, *_ = *operands, None, None
     if step.op == "layer_norm":
         return functional.layer_norm(x, (D,), weight, bias, step.eps)
@@ -103,13 +106,13 @@ def rotary(what: Rotary) -> Launch:
     def launch(*tensors: Tensor) -> None:
         given = dict(zip(names, tensors, strict=True))
         positions, slots = given["positions"].long(), given["slot_mapping"].long()
-        q, k = (given[name].unflatten(-1, (-1, D)) for name in "qk")
+        q, k, v = (given[name].reshape(len(positions), -1, D) for name in "qkv")
         if what.rotary_dim:
             cos, sin = (given[name][positions][:, None] for name in ("cos", "sin"))
             q, k = (_turned(x, cos, sin, what) for x in (q, k))
         given["turned"].view(-1, what.heads, D).copy_(q)
         kept = slots >= 0
-        for name, rows in (("k_cache", k), ("v_cache", given["v"].unflatten(-1, (-1, D)))):
+        for name, rows in (("k_cache", k), ("v_cache", v)):
             given[name].flatten(0, 1)[slots[kept]] = rows[kept].to(given[name].dtype)
 
     return launch

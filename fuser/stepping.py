@@ -180,7 +180,9 @@ class Bound:
         self.program, self.weights, self.caches, self.groups, self.kernels = program, weights, caches, groups, kernels
         device, dtype = weights.device, DTYPES[program.dtype]
         rows = [a.rows if isinstance(a, Part) else a for step in program.steps for a in step.arguments]
-        sizes = {r.place: (program.rows or 0 if r.selected else program.tokens, r.width) for r in rows if isinstance(r, Rows)}
+        sizes = {
+            r.place: (program.rows or 0 if r.selected else program.tokens, r.width) for r in rows if isinstance(r, Rows)
+        }
         self.memory = {place: torch.empty(size, dtype=dtype, device=device) for place, size in sizes.items()}
         used = [(step.kernel, program.tokens if step.by_sequence else 1) for step in program.steps if step.kernel]
         floats = max((kernel.workspace[0] * count for kernel, count in used), default=0)
@@ -277,7 +279,9 @@ class Bound:
             return lambda arguments: compute(*arguments)
         launch = cache.load(step.kernel).launch
         scratch = self.workspace if step.kernel.workspace[0] else ()
-        return lambda arguments: launch(*arguments, *scratch)
+        device = self.weights.device
+        pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        return lambda arguments: launch(*arguments, *scratch, pdl=pdl)
 
     def _product(self, step: Step) -> Callable[[list[Any]], None]:
         names = step.what

@@ -196,7 +196,7 @@ class Engine:
         flight = _Flight(batch, chosen, choice, scores)
         if self.runner.looks_ahead:
             flight.choice = _to_host(choice)
-            flight.arrived = torch.cuda.Event()
+            flight.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             flight.arrived.record()
         self.statistics.steps += 1
         self.statistics.batch.append(len(batch.parts))
@@ -280,8 +280,8 @@ class Engine:
             flight.arrived.synchronize()
         self.statistics.finished_s.append(perf_counter())
         found: list[Event | Scores] = []
-        for part, logprobs in flight.scores:
-            found.append(Scores(part.sequence, part.start, logprobs.tolist()))
+        for part, scored in flight.scores:
+            found.append(Scores(part.sequence, part.start, scored.tolist()))
             if part.start + part.count == part.sequence.last:
                 self.finish(part.sequence, "length")
         if flight.choice is None:

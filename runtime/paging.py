@@ -249,7 +249,9 @@ class Pool:
                     counts[page] += 1
         assert counts == self.counts, "pages are counted wrongly"
         idle = [*self._free, *self._kept]
-        assert sorted(idle) == [page for page in range(1, self.pages + 1) if not counts[page]], "a page is lost or doubled"
+        assert sorted(idle) == [page for page in range(1, self.pages + 1) if not counts[page]], (
+            "a page is lost or doubled"
+        )
         for page, (prefix, g) in self._known.items():
             assert prefix.pages[g] == page
         assert all(page in self._known for page in self._kept)

@@ -21,7 +21,7 @@ class SamplingParams:
         top_k: only so many likeliest tokens are drawn from; 0: all.
         top_p: only the likeliest tokens whose probabilities come to this.
         min_p: only tokens that are at least this times as likely as the likeliest.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens of prompt and output (as transformers).
+        repetition_penalty: divides positive logits of tokens of prompt and output, and multiplies negative ones.
         presence_penalty: subtracted from the logits of tokens of the output.
         frequency_penalty: likewise, times how often they are there (OpenAI's definitions, both).
         seed: of what is drawn, of sample i the seed plus i; None: another one for each request.
@@ -68,7 +68,9 @@ class SamplingParams:
         self._number("frequency_penalty", "a number", lambda x: True)
         stop = (self.stop,) if isinstance(self.stop, (str, int)) else tuple(self.stop)
         for item in stop:
-            if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "" or (item != str(item) and item < 0):
+            if isinstance(item, bool) or not (
+                (isinstance(item, str) and item) or (isinstance(item, int) and item >= 0)
+            ):
                 raise UsageError(f"stop must be texts, not empty, or token ids, got {item!r}")
         object.__setattr__(self, "stop_strings", tuple(item for item in stop if isinstance(item, str)))
         object.__setattr__(self, "stop_tokens", tuple(item for item in stop if not isinstance(item, str)))

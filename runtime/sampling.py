@@ -40,7 +40,8 @@ def sample(
         tokens = tokens.index_copy(0, rows, chosen)
     if plain is None:
         return Choice(tokens, None, None)
-    return Choice(tokens, plain.gather(1, tokens[:, None])[:, 0], tuple(plain.topk(max(asked))) if max(asked) else None)
+    values, indices = plain.topk(min(max(asked), plain.shape[-1]))
+    return Choice(tokens, plain.gather(1, tokens[:, None])[:, 0], (values, indices) if max(asked) else None)
 
 
 def _first_highest(x: Tensor) -> Tensor:
@@ -55,11 +56,11 @@ def _penalized(
         output = torch.tensor(list(outputs[i] if outputs else ()), dtype=torch.int64, device=x.device)
         if p.repetition_penalty != 1.0:
             prompt = torch.tensor(list(prompts[i] if prompts else ()), dtype=torch.int64, device=x.device)
-            seen = torch.cat([prompt, output]).unique()
+            seen = torch.unique(torch.cat([prompt, output]))
             held = x[i, seen]
             x[i, seen] = torch.where(held < 0, held * p.repetition_penalty, held / p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and len(output):
-            seen, counts = output.unique(return_counts=True)
+            seen, counts = torch.unique(output, return_counts=True)
             x[i, seen] -= p.presence_penalty + p.frequency_penalty * counts
         if banned and banned[i]:
             x[i, torch.tensor(list(banned[i]), device=x.device)] = -torch.inf

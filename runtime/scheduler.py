@@ -121,8 +121,8 @@ class Scheduler:
         scheduled: set[Sequence] = set()
         room = [self.step_tokens, self.step_rows]
         is_blocked = False
-        for is_wanted in (lambda n: n == 1, lambda n: n > 1):  # those that generate, then prompts
-            for sequence in [s for s in self.running if is_wanted(s.wanted)]:
+        for generates in (True, False):  # those that generate, then prompts
+            for sequence in [s for s in self.running if s.wanted and (s.wanted == 1) == generates]:
                 if sequence.pages is None or sequence in scheduled:
                     continue  # it was preempted for one before it
                 while room[0] and not self._continued(sequence, batch, room):
@@ -220,5 +220,3 @@ class Scheduler:
         self.pool.release(sequence.pages)
         self._rows.append(sequence.row)
         sequence.pages, sequence.row = None, -1
-
-

@@ -40,14 +40,19 @@ class Growing:
     def taken(self, *, is_last: bool) -> str:
         """What can be handed out by now; at the end, all of it."""
         if is_last and not self.is_stopped:
-            rest = self.tokenizer.decode(self.tokens[self.begin :])[len(self.tokenizer.decode(self.tokens[self.begin : self.end])) :]
-            self.text += rest
+            before, now = (self.tokenizer.decode(self.tokens[self.begin : end]) for end in (self.end, len(self.tokens)))
+            self.text += now[len(before) :]
             self.begin = self.end = len(self.tokens)
         stop = len(self.text)
         if not is_last and self.stops:
             longest = max(map(len, self.stops)) - 1
             held = next(
-                (n for n in range(min(longest, stop), 0, -1) if any(s.startswith(self.text[stop - n :]) for s in self.stops)), 0
+                (
+                    n
+                    for n in range(min(longest, stop), 0, -1)
+                    if any(s.startswith(self.text[stop - n :]) for s in self.stops)
+                ),
+                0,
             )
             stop -= held
         found, self.given = self.text[self.given : max(stop, self.given)], max(stop, self.given)
