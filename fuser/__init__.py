@@ -16,10 +16,13 @@ from fuser.version import __version__
 if TYPE_CHECKING:
     from fuser.api import FusedModel, fuse
     from fuser.compiling import compile
+    from fuser.llm import LLM
     from fuser.loading import Model, load
     from fuser.report import Report
+    from fuser.runtime.parameters import SamplingParams
 
 __all__ = [
+    "LLM",
     "ExpectationError",
     "FusedModel",
     "FuserError",
@@ -27,6 +30,7 @@ __all__ = [
     "Model",
     "OutputError",
     "Report",
+    "SamplingParams",
     "UnsupportedOperator",
     "UsageError",
     "VerificationError",
@@ -37,6 +41,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "LLM": "fuser.llm",
+    "SamplingParams": "fuser.runtime.parameters",
     "FusedModel": "fuser.api",
     "compile": "fuser.compiling",
     "fuse": "fuser.api",

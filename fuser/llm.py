@@ -112,9 +112,10 @@ class LLM:
 
     def __init__(
         self, model: "str | os.PathLike[str] | nn.Module", *, dtype: str | None = None,
-        device: torch.device | str | None = None, kv_cache: str = "auto", page_size: int = 16, max_tokens_in_flight: int | None = None, memory_fraction: float = 0.9,
-        max_length: int | None = None, max_sequences: int = 256, max_step_tokens: int | None = None,
-        prefix_caching: bool = True, tokenizer: Any = None, verify: bool = True, progress: Progress | None = None,
+        device: torch.device | str | None = None, kv_cache: str = "auto", page_size: int = 16,
+        max_tokens_in_flight: int | None = None, memory_fraction: float = 0.9, max_length: int | None = None,
+        max_sequences: int = 256, max_step_tokens: int | None = None, prefix_caching: bool = True, tokenizer: Any = None,
+        verify: bool = True, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -241,11 +242,13 @@ class LLM:
 
     def _pump(self) -> None:
         """One step; what it made goes to those who wait for it."""
-        for chunk in self._advanced():
-            request = self._requests[chunk.request_id]
-            (self._unclaimed if request.inbox is None else request.inbox).append(chunk)
-            if request.is_done:
-                del self._requests[chunk.request_id]
+        chunks = self._advanced()
+        for chunk in chunks:
+            inbox = self._requests[chunk.request_id].inbox
+            (self._unclaimed if inbox is None else inbox).append(chunk)
+        for request_id in {chunk.request_id for chunk in chunks}:
+            if self._requests[request_id].is_done:
+                del self._requests[request_id]
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, waiting, running or half computed; its samples' reason is `cancelled`. Unknown ones are none."""

@@ -147,10 +147,10 @@ def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Mo
     if not (folder / "config.json").is_file():
         raise InputError(f"'{folder}' has no config.json: it is no folder of Hugging Face transformers")
     try:
-        config = transformers.AutoConfig.frompretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         kind = next((one for one in named if one is not None), transformers.AutoModel)
-        module: nn.Module = kind.frompretrained(folder, local_files_only=True, dtype=dtype or "auto")
+        module: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
     except Exception as error:  # it raises what its parts raise: OSError, ValueError, errors of safetensors and JSON
         text = " ".join(str(error).split())
         raise InputError(f"'{folder}' cannot be loaded: {text[:300] or type(error).__name__}") from None

@@ -79,7 +79,8 @@ def _computed(step: Computed, operands: list[Any], D: int) -> Tensor:
     x, weight, bias, *_ = *operands, None, None
     if step.op == "layer_norm":
         return functional.layer_norm(x, (D,), weight, bias, step.eps)
-    return functional.rms_norm(x, (D,), weight, step.eps)
+    normed: Tensor = functional.rms_norm(x, (D,), weight, step.eps)
+    return normed
 
 
 def embedding(what: Embedding) -> Launch:

@@ -102,4 +102,7 @@ def text(found: Measured, rate: float | None) -> str:
     return line
 
 
-HEADER = f"{'batch':>6} {'context':>8} {'ms/step':>9} {'tokens/s':>10} {'prefill s':>9} {'GB/step':>8} {'floor ms':>9} {'of copy':>8}"
+HEADER = (
+    f"{'batch':>6} {'context':>8} {'ms/step':>9} {'tokens/s':>10} {'prefill s':>9} "
+    f"{'GB/step':>8} {'floor ms':>9} {'of copy':>8}"
+)

@@ -115,7 +115,7 @@ class SamplingParams:
         given |= {own: asked[name] for name, own in names.items() if name in asked}
         ends = asked.get("eos_token_id", ())
         stop = [*(asked.get("stop_strings") or ()), *(ends if isinstance(ends, (list, tuple)) else (ends,))]
-        return cls(**given, stop=tuple(stop))
+        return cls(**given, stop=tuple(stop), ignore_eos="eos_token_id" in asked)  # its own take the model's place
 
 
 # What transformers can be asked for and would change what is chosen, and the value that changes nothing.

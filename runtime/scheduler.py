@@ -92,6 +92,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.sees_same_step = sees_same_step
         self.preemptions = 0
+        self.reused = 0  # tokens that were computed for another sequence before
         self._rows = list(range(sequences - 1, -1, -1))
         self._arrivals = count()
 
@@ -148,13 +149,14 @@ class Scheduler:
                 sequence.pages, sequence.computed = self.pool.new(), 0
             else:
                 sequence.pages, sequence.computed = self.pool.matched(sequence.tokens)
-            sequence.row, sequence.written = self._rows.pop(), 0
+            sequence.row, sequence.written, reused = self._rows.pop(), 0, sequence.computed
             insort(self.running, sequence, key=lambda s: s.arrival)
             if not self._continued(sequence, batch, room):
                 self.running.remove(sequence)
                 self._leave(sequence)
                 return
             self.waiting.pop(0)
+            self.reused += reused
 
     def _continued(self, sequence: Sequence, batch: Batch, room: list[int]) -> bool:
         """Adds a sequence's next tokens to a batch; False if there are no pages for them."""
