@@ -120,7 +120,7 @@ class LLM:
         """
         Args:
             model: an ONNX file, a Hugging Face folder, a model of transformers, or what `fuser.compile` made of one.
-            dtype: bf16, fp16 or fp32, of weights, activations and cache; by default the model's own.
+            dtype: bf16, fp16 or fp32, of weights, activations and cache; by default the model's own, on the CPU fp32.
             device: by default the model's if it is on a GPU, else a GPU that is there, else the CPU.
             kv_cache: the element type of keys and values; auto: `dtype`.
             page_size: tokens of a page.
@@ -142,7 +142,7 @@ class LLM:
         note = progress or (lambda stage: None)
         source = source_of(model, verify=verify, note=note)
         self.device = _device(device, source)
-        self.dtype = dtype or dtype_of(source.graph)
+        self.dtype = dtype or ("fp32" if self.device.type == "cpu" else dtype_of(source.graph))
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype must be {', '.join(DTYPES)}, got {dtype!r}")
         if kv_cache not in ("auto", self.dtype):

@@ -71,15 +71,17 @@ def elementwise(what: Elementwise) -> Launch:
 
 def _computed(step: Computed, operands: list[Any], D: int) -> Tensor:
     if step.op == "gated":
-        gate: Tensor = OPERATORS[step.activation](operands[0])
-        return gate * operands[1]
+        gated: Tensor = OPERATORS[step.activation](operands[0]) * operands[1]
+        return gated
     if step.op not in NORMS:
         found: Tensor = OPERATORS[step.op](*operands)
         return found
     x, weight, bias, *_ = *operands, None, None
+    normed: Tensor
     if step.op == "layer_norm":
-        return functional.layer_norm(x, (D,), weight, bias, step.eps)
-    normed: Tensor = functional.rms_norm(x, (D,), weight, step.eps)
+        normed = functional.layer_norm(x, (D,), weight, bias, step.eps)
+    else:
+        normed = functional.rms_norm(x, (D,), weight, step.eps)
     return normed
 
 

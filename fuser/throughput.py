@@ -1,8 +1,9 @@
 """`fuse bench MODEL`: how long a step of generation takes, beside the time its bytes take at the device's own copy rate."""
 
+import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 
 import torch
@@ -12,6 +13,7 @@ from fuser.errors import UsageError
 from fuser.llm import LLM
 from fuser.running import PagedRunner
 from fuser.runtime.parameters import SamplingParams
+from fuser.trials import copy_rate
 
 WARM = 4  # steps that are not counted: graphs are captured
 
@@ -32,6 +34,11 @@ class Measured:
         return self.batch / self.step_s
 
 
+def new_tokens(batch: int, *, context: int, steps: int, step_tokens: int) -> int:
+    """Tokens that a sequence is asked for: those whose prompts come first generate while the others' are computed."""
+    return steps + WARM + 2 + -(-batch * context // max(step_tokens - batch, 1))
+
+
 def measure(llm: LLM, batches: Sequence[int], *, context: int, steps: int = 64) -> Iterator[Measured]:
     """Generates greedily from random prompts, and times the steps of which every sequence has one token.
 
@@ -40,8 +47,7 @@ def measure(llm: LLM, batches: Sequence[int], *, context: int, steps: int = 64) 
     """
     drawn = random.Random(0)
     for batch in batches:
-        # Those whose prompts come first generate while the others' are computed.
-        most = steps + WARM + 2 + -(-batch * context // (llm.engine.scheduler.step_tokens - batch))
+        most = new_tokens(batch, context=context, steps=steps, step_tokens=llm.engine.scheduler.step_tokens)
         room, needed = llm.engine.pool.pages, batch * llm.engine.pool.needed(0, context + most)
         if batch > llm.engine.sequences or needed > room:
             raise UsageError(f"{batch} sequences of {context + most} tokens need {needed} pages, there are {room}")
@@ -89,6 +95,22 @@ def _bytes(llm: LLM, batch: int, context: int) -> int:
     size = next(iter(stepper.caches.values()))["k"].element_size()
     cached = sum(2 * s.kv_heads * s.head_dim * size * min(context, s.window or context) for s in stepper.states)
     return weights + batch * cached
+
+
+def main(llm: LLM, batches: Sequence[int], *, context: int, steps: int, as_json: bool = False) -> None:
+    """Prints a table, a line as it is measured, or JSON."""
+    rate = copy_rate() * 1e9 if llm.device.type == "cuda" else None
+    name = torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else "CPU"
+    if not as_json:
+        told = f"; copy {rate / 1e9:.0f} GB/s" if rate else ""
+        print(f"{name}, torch {torch.__version__}, {llm.dtype}{told}\n{HEADER}", flush=True)
+    found = []
+    for measured in measure(llm, batches, context=context, steps=steps):
+        found.append(asdict(measured))
+        if not as_json:
+            print(text(measured, rate), flush=True)
+    if as_json:
+        print(json.dumps({"device": name, "copy_bytes_per_s": rate, "measured": found}, indent=2))
 
 
 def text(found: Measured, rate: float | None) -> str:

@@ -89,6 +89,7 @@ class Statistics:
     """What the engine did. Batch sizes, tokens and pages are by step; times are when each was read, in seconds."""
 
     steps: int = 0
+    chosen: int = 0  # tokens
     batch: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -199,6 +200,7 @@ class Engine:
             flight.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             flight.arrived.record()
         self.statistics.steps += 1
+        self.statistics.chosen += count
         self.statistics.batch.append(len(batch.parts))
         self.statistics.tokens.append(batch.tokens)
         self.statistics.pages.append(self.pool.used)

@@ -1,0 +1,93 @@
+"""Generated text on a CUDA device: steps captured as graphs, launched before the last one's tokens are read."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuser import LLM, SamplingParams, running
+from tests import architectures
+
+pytestmark = pytest.mark.gpu
+LENGTHS = (3, 9, 1, 17, 5, 22, 8, 19)
+SMALL: dict[str, Any] = {"page_size": 16, "max_length": 64, "max_step_tokens": 16, "max_sequences": 8, "device": "cuda"}
+
+
+def prompts(vocabulary: int) -> list[list[int]]:
+    torch.manual_seed(0)
+    made = [torch.randint(1, vocabulary, (length,)).tolist() for length in LENGTHS]
+    made[4] = made[3][:16] + made[4]
+    return made
+
+
+@pytest.mark.parametrize("tokens", [512, 112])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "bloom"])
+def test_greedy_tokens_are_those_of_transformers(name: str, tokens: int) -> None:
+    """In float32; the smaller pool forces sequences to be computed again."""
+    model: Any = architectures.model(name).cuda()
+    llm = LLM(model, max_tokens_in_flight=tokens, **SMALL)
+    given = prompts(llm.runner.vocabulary)
+    found = llm.generate(given, SamplingParams(max_new_tokens=12, ignore_eos=True))
+    for prompt, result in zip(given, found, strict=True):
+        ids = torch.tensor([prompt], device="cuda")
+        wanted = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert result.token_ids == wanted[0, len(prompt) :].tolist()
+    llm.engine.pool.check([])
+    if llm.padded is None:
+        assert llm.runner.captured  # type: ignore[attr-defined]
+        assert llm.engine.scheduler.reused > 0
+    assert (llm.engine.scheduler.preemptions > 0) == (tokens == 112)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_steps_of_one_token_do_not_depend_on_who_is_beside(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, within a bucket: prompts of one token are such steps from the beginning."""
+    monkeypatch.setattr(running, "BUCKETS", (8, 64))
+    model = architectures.model("llama").cuda()
+
+    def logits(asked: list[list[int]]) -> list[list[Tensor]]:
+        llm = LLM(model, dtype=dtype, prefix_caching=False, **SMALL)
+        found: list[list[Tensor]] = [[] for _ in asked]
+        run = llm.runner.run
+
+        def noted(step: Any) -> Any:
+            made = run(step)
+            assert step.decode
+            for i, values in enumerate(made[0]):
+                found[i].append(values.clone())
+            return made
+
+        llm.runner.run = noted  # type: ignore[method-assign]
+        llm.generate(asked, SamplingParams(max_new_tokens=10, ignore_eos=True))
+        return found
+
+    given = [[token] for token in (5, 17, 2, 9, 31, 44, 8)]
+    together = logits(given)
+    for i, prompt in enumerate(given):
+        alone = logits([prompt])[0]
+        assert len(alone) >= 10
+        for a, b in zip(alone[:10], together[i][:10], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_drawn_tokens_repeat() -> None:
+    llm = LLM(architectures.model("qwen2").cuda(), dtype="bf16", **SMALL)
+    given = prompts(llm.runner.vocabulary)
+    params = SamplingParams(max_new_tokens=10, temperature=1.1, top_k=40, top_p=0.9, seed=3, n=2, logprobs=2)
+    first, second = (
+        LLM(architectures.model("qwen2").cuda(), dtype="bf16", **SMALL).generate(given, params) for _ in "ab"
+    )
+    assert [r.token_ids for r in first] == [r.token_ids for r in second]
+    assert all(r.logprobs is not None and len(r.logprobs) == len(r.token_ids) for r in first)
+    assert len({tuple(r.token_ids) for r in first}) > len(given)
+
+
+def test_a_bound_on_memory_of_graphs_leaves_steps_uncaptured() -> None:
+    llm = LLM(architectures.model("llama").cuda(), **SMALL)
+    llm.runner.graph_bytes = 0  # type: ignore[attr-defined]
+    given = prompts(llm.runner.vocabulary)
+    whole = LLM(architectures.model("llama").cuda(), **SMALL)
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    assert [r.token_ids for r in llm.generate(given, params)] == [r.token_ids for r in whole.generate(given, params)]
+    assert not llm.runner.captured  # type: ignore[attr-defined]
