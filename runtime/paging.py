@@ -8,6 +8,7 @@ serves the others (as in vLLM's hybrid cache). A group with a window holds the p
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import lcm
 
 from fuser.errors import UsageError
 
@@ -100,11 +101,16 @@ class Pool:
         return sum(-(-stop // self.page) - group.first(start) // self.page for group in self.groups)
 
     def longest(self, most: int, chunk: int) -> int:
-        """The longest sequence, of at most `most` tokens, that the pool can hold alone, its prompt computed in chunks."""
+        """The longest sequence, of at most `most` tokens, that the pool can hold alone, computed in chunks of any sizes.
+
+        How many pages windows reach depends on where a chunk starts, and comes again (or grows) with each period.
+        """
+        period = lcm(ALIGNED, self.page)
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            peak = max(self.needed(max(middle - chunk, 0), middle), self.needed(0, min(chunk, middle)))
+            starts = range(max(middle - chunk - period, 0), max(middle - chunk, 0) + 1)
+            peak = max(self.needed(start, min(start + chunk, middle)) for start in starts)
             low, high = (middle, high) if peak <= self.pages else (low, middle - 1)
         return low
 

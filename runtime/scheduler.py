@@ -140,7 +140,8 @@ class Scheduler:
         """Takes up those that wait, the first first, as long as there is room."""
         while self.waiting and all(room):
             sequence = self.waiting[0]
-            if sequence.pending or len(self._rows) <= sequence.siblings:
+            reserved = sum(other.siblings for other in self.running)
+            if sequence.pending or len(self._rows) <= sequence.siblings + reserved:
                 return
             if self.running and self.pool.free < len(self.running) * len(self.pool.groups):
                 return  # those that run need a page soon
