@@ -177,9 +177,10 @@ class Pool:
             held += [self._take() for _ in range(count - len(held))]
         return copies
 
-    def publish(self, pages: Pages, tokens: Sequence[int]) -> None:
-        """Lets others find the full pages of `tokens`, which are computed; those that were known before stay what is found."""
-        while self.prefix_caching and (pages.depth + 1) * self.page <= len(tokens):
+    def publish(self, pages: Pages, tokens: Sequence[int], computed: int) -> None:
+        """Lets others find the full pages of the first `computed` tokens; those known before stay what is found."""
+        count = min(len(tokens), computed) if self.prefix_caching else 0
+        while (pages.depth + 1) * self.page <= count:
             part = tuple(tokens[pages.depth * self.page : (pages.depth + 1) * self.page])
             found = pages.known.children.get(part)
             if found is None:

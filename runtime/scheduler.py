@@ -189,7 +189,7 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Lets others find what is computed of a sequence's known tokens."""
         if sequence.pages is not None and not sequence.scored:
-            self.pool.publish(sequence.pages, sequence.tokens[: sequence.computed])
+            self.pool.publish(sequence.pages, sequence.tokens, sequence.computed)
 
     def _forked(self, sequence: Sequence) -> list[Sequence]:
         """The other samples of a request, which share the pages of its prompt."""

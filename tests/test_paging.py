@@ -76,7 +76,7 @@ class Model:
 
     def publish(self, which: int) -> None:
         row = self.rows[which % len(self.rows)]
-        self.pool.publish(row.pages, row.tokens[: row.computed])
+        self.pool.publish(row.pages, row.tokens, row.computed)
 
     def passed(self, which: int) -> None:
         row = self.rows[which % len(self.rows)]
