@@ -35,7 +35,7 @@ class Model:
         self.pool = TracedPool(max(pages, len(groups)), page, groups, prefix_caching=is_caching)
         self.memory = Memory(self.pool)
         self.rows: list[Row] = []
-        self.refused = self.hits = self.copied = 0
+        self.steps = self.refused = self.hits = self.copied = 0
 
     def begin(self, tokens: list[int], like: int, shared: int) -> None:
         """A sequence comes; its first tokens may be another's."""
@@ -93,6 +93,7 @@ class Model:
 
     def check(self) -> None:
         """The books are right, and each sequence sees its own tokens and no others."""
+        self.steps += 1
         self.memory.begin([])
         self.pool.check([row.pages for row in self.rows])
         assert self.pool.free + self.pool.used == self.pool.pages
@@ -135,6 +136,7 @@ def walk(seed: int, steps: int) -> Model:
 def test_random_walks(monkeypatch: pytest.MonkeyPatch, aligned: int) -> None:
     monkeypatch.setattr(paging, "ALIGNED", aligned)
     models = [walk(seed, STEPS) for seed in range(LIVES // 2)]
+    assert sum(model.steps for model in models) >= LIVES // 2 * STEPS
     assert sum(model.hits for model in models) > 1000 and sum(model.refused for model in models) > 1000
     assert sum(model.copied for model in models) > 500
 
@@ -200,3 +202,80 @@ class TestMachine(Machine.TestCase):
     @pytest.fixture(autouse=True)
     def aligned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(paging, "ALIGNED", 2)
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("aligned", [1, 4, 6])
+def test_the_longest_sequence_fits_in_any_chunks(
+    monkeypatch: pytest.MonkeyPatch, windows: tuple[int | None, ...], aligned: int
+) -> None:
+    monkeypatch.setattr(paging, "ALIGNED", aligned)
+    for pages in range(3, 15):
+        for page in (1, 3, 4):
+            for chunk in (1, 2, 5, 11):
+                pool = Pool(pages, page, [Group(window, (i,)) for i, window in enumerate(windows)])
+
+                def fits(length: int, pool: Pool = pool, chunk: int = chunk) -> bool:
+                    """Whether there is room for every chunk that a step may have to compute."""
+                    return all(pool.needed(start, min(start + chunk, length)) <= pool.pages for start in range(length))
+
+                found = pool.longest(40, chunk)
+                assert fits(found) and (found == 40 or not fits(found + 1))
+
+
+def test_windows_hold_what_they_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a prefix hit a group with a window holds the last pages only, and they suffice when the first are gone."""
+    monkeypatch.setattr(paging, "ALIGNED", 1)
+    pool = Pool(16, 2, [Group(None, (0,)), Group(3, (1,))])
+    tokens = list(range(9))
+    pages, _ = pool.matched(tokens)
+    assert pool.extend(pages, 0, 8) == []
+    pool.publish(pages, tokens, 8)
+    pool.passed(pages, 8)
+    assert [own.count(paging.NOWHERE) for own in pages.held] == [0, 3]
+    again, length = pool.matched(tokens)
+    assert length == 8 and again.held == pages.held and again.first == [0, 3]
+    other, length = pool.matched(tokens[:5])
+    assert length == 4 and other.first == [0, 1]
+    pool.check([pages, again, other])
+
+
+def test_a_prefix_outlives_the_page_it_was_found_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence builds on a prefix whose page was another's, which is taken: what it publishes is found all the same."""
+    monkeypatch.setattr(paging, "ALIGNED", 1)
+    pool = Pool(5, 1, [Group(1, (0,))])
+    first, second = pool.new(), pool.new()
+    for pages in (first, second):
+        pool.extend(pages, 0, 1)
+        pool.publish(pages, [7], 1)
+    pool.release(first)
+    taken = pool.new()
+    pool.extend(taken, 0, 4)
+    pool.release(taken)
+    pool.passed(second, 1)
+    pool.extend(second, 1, 2)
+    pool.publish(second, [7, 8], 2)
+    assert pool.matched([7, 8, 9])[1] == 2
+
+
+def test_what_is_kept_goes_by_its_age() -> None:
+    pool = Pool(4, 1, [Group(None, (0,))])
+    for tokens in ([1, 2], [3, 4]):
+        pages = pool.new()
+        pool.extend(pages, 0, 2)
+        pool.publish(pages, tokens, 2)
+        pool.release(pages)
+    assert pool.free == 4
+    pool.extend(pool.new(), 0, 1)
+    assert [pool.matched([*tokens, 0])[1] for tokens in ([1, 2], [3, 4])] == [1, 2]
+
+
+def test_groups() -> None:
+    assert [(group.window, group.layers) for group in layer_groups([None, 4, 4, None, 4, 4])] == [
+        (None, (0, 3)),
+        (4, (1, 2)),
+        (4, (4, 5)),
+    ]
+    assert layer_groups([]) == []
+    with pytest.raises(UsageError, match="a page for each of 2 groups"):
+        Pool(1, 4, [Group(None, (0,)), Group(4, (1,))])
