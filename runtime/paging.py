@@ -271,5 +271,6 @@ class Pool:
             tree += prefix.children.values()
         found = {page: (prefix, g) for prefix in tree for g, page in enumerate(prefix.pages) if page is not None}
         assert found == self._known, "what is known is not what is found"
+        assert all(len(prefix.tokens) == self.page for prefix in tree[1:]), "a page is known before its tokens are"
         ends = Counter(pages.known for pages in sequences)
         assert all(prefix.is_needed and prefix.sequences == ends[prefix] for prefix in tree[1:]), "a prefix is left over"

@@ -57,12 +57,12 @@ class FakeEngine:
 
     def __init__(
         self, windows: tuple[int | None, ...], *, pages: int, page: int, step_tokens: int, step_rows: int, sequences: int,
-        positions: int = 40, sees_same_step: bool = True, is_caching: bool = True,
+        positions: int = 40, ahead: int = 1, sees_same_step: bool = True, is_caching: bool = True,
     ) -> None:  # fmt: skip
         groups = [Group(window, (i,)) for i, window in enumerate(windows)]
         self.pool = TracedPool(max(pages, len(groups)), page, groups, prefix_caching=is_caching)
         self.memory = Memory(self.pool)
-        self.most = sequences
+        self.most, self.ahead = sequences, ahead
         step_tokens, step_rows = max(step_tokens, sequences), max(step_rows, sequences)
         self.scheduler = Scheduler(
             self.pool, step_tokens=step_tokens, step_rows=step_rows, sequences=sequences, sees_same_step=sees_same_step
@@ -72,6 +72,7 @@ class FakeEngine:
         self.tokens = [-1] * sequences  # of the device: what was chosen last for a row
         self.flights: deque[Flight] = deque()
         self.values: dict[tuple[tuple[int, ...], int], tuple[list[int], list[int]]] = {}  # truths, by prompt and seed
+        self.seeds: dict[str, int] = {}
         self.scores: dict[Sequence, set[int]] = {}
         self.steps = self.requests = 0
         self.seen: Counter[str] = Counter()
@@ -92,6 +93,7 @@ class FakeEngine:
         self.scheduler.add(
             Sequence(f"{self.requests}", 0, prompt, len(prompt), GREEDY, seed, last, scored, siblings=siblings)
         )
+        self.seeds[f"{self.requests}"] = seed
         self.requests += 1
 
     def cancel(self, which: int, whole: bool) -> None:
@@ -114,11 +116,13 @@ class FakeEngine:
         return "unread" if sequence.pending else "generating" if sequence.generated else "half computed"
 
     def launch(self) -> None:
-        """The next step; two at most are in flight."""
+        """The next step, while at most `ahead` are in flight."""
         self.steps += 1
-        if len(self.flights) == 2:
+        while len(self.flights) > self.ahead:
             self.read()
+        before = {sequence: sequence.wanted for sequence in self.scheduler.running}
         batch = self.scheduler.schedule()
+        self.check_order(batch, before)
         self.seen["preempted"] += batch.preempted
         self.seen["copied"] += len(batch.copies)
         self.seen["shared"] += sum(
@@ -210,6 +214,7 @@ class FakeEngine:
     def end(self, sequence: Sequence, reason: str) -> None:
         self.scheduler.finish(sequence, reason)
         self.seen[reason] += 1
+        assert sequence.seed == self.seeds[sequence.request_id] + sequence.index
         if not sequence.scored:
             assert sequence.tokens == alone(sequence.tokens[: sequence.prompt], sequence.seed, sequence.last)
 
@@ -231,6 +236,17 @@ class FakeEngine:
         assert sum(part.count if part.sequence.scored else len(part.chosen) for part in parts) <= scheduler.step_rows
         targets = [copy.target for copy in batch.copies]
         assert len(set(targets)) == len(targets)
+
+    def check_order(self, batch: Batch, before: dict[Sequence, int]) -> None:
+        """Nobody gives pages back for a younger one, and nobody comes in while there is no room for one that runs."""
+        running = self.scheduler.running
+        gone = {sequence.arrival for sequence in before if sequence not in running}
+        assert not gone or min(gone) >= min(sequence.arrival for sequence in before if sequence in running)
+        forked = {sequence for part in batch.parts for sequence in part.chosen[1:]}
+        if set(running) - set(before) - forked:
+            served = {part.sequence for part in batch.parts}
+            assert not batch.preempted
+            assert all(s in served or not wanted or s.siblings for s, wanted in before.items())
 
     def check(self) -> None:
         running, waiting = self.scheduler.running, self.scheduler.waiting
@@ -262,16 +278,17 @@ def walk(seed: int, steps: int) -> FakeEngine:
     draw = random.Random(seed)
     engine = FakeEngine(
         draw.choice(WINDOWS), pages=draw.randint(3, 24), page=draw.randint(1, 4), step_tokens=draw.randint(1, 16),
-        step_rows=draw.randint(1, 8), sequences=draw.randint(1, 6), sees_same_step=draw.random() < 0.7,
+        step_rows=draw.randint(1, 8), sequences=draw.randint(1, 6), ahead=draw.randint(0, 2), sees_same_step=draw.random() < 0.7,
         is_caching=draw.random() < 0.9,
     )  # fmt: skip
+    scored = draw.choice([0.05, 0.2, 0.5])
     stems = [[draw.randint(1, 2) for _ in range(16)] for _ in range(2)]
     busy = draw.choice([0.1, 0.2, 0.35])
     while engine.steps < steps:
         kind = draw.random()
         if kind < busy and len(engine.scheduler.waiting) < 6:
             prompt = draw.choice(stems)[: draw.randint(0, 14)] + [draw.randint(1, 2) for _ in range(draw.randint(0, 3))]
-            engine.add(prompt, draw.randint(1, 24), draw.randint(1, 3), draw.randint(0, 1), draw.random() < 0.15)
+            engine.add(prompt, draw.randint(1, 24), draw.randint(1, 3), draw.randint(0, 1), draw.random() < scored)
         elif kind < 0.37:
             engine.cancel(draw.randint(0, 20), draw.random() < 0.5)
         elif kind < 0.75:
@@ -299,7 +316,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         windows=st.sampled_from(WINDOWS), pages=st.integers(3, 24), page=st.integers(1, 4), step_tokens=st.integers(1, 16),
-        step_rows=st.integers(1, 8), sequences=st.integers(1, 6), sees_same_step=st.booleans(), is_caching=st.booleans(),
+        step_rows=st.integers(1, 8), sequences=st.integers(1, 6), ahead=st.integers(0, 2), sees_same_step=st.booleans(), is_caching=st.booleans(),
     )  # fmt: skip
     def make(self, windows: tuple[int | None, ...], **sizes: int) -> None:
         self.engine = FakeEngine(windows, **sizes)
