@@ -355,7 +355,7 @@ class LLM:
             if request is None:
                 continue
             if isinstance(event, Scores):
-                request.scores += event.logprobs
+                request.scores[event.start :] = event.logprobs  # a preempted one begins again
                 if event.sequence.finish_reason is not None:
                     request.samples[0].result.finish_reason = "length"
                     found.append(_chunk(request.samples[0].result, [], ""))

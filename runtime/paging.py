@@ -8,6 +8,7 @@ serves the others (as in vLLM's hybrid cache). A group with a window holds the p
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import lcm
 
 from fuser.errors import UsageError
 
@@ -47,6 +48,11 @@ class Prefix:
     tokens: tuple[int, ...]
     pages: list[int | None]  # by group; None where it is not held (any more)
     children: dict[tuple[int, ...], "Prefix"] = field(default_factory=dict)
+    sequences: int = 0  # how many have published just so much (not counted at the root)
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.children or self.sequences) or any(page is not None for page in self.pages)
 
 
 @dataclass(eq=False)
@@ -100,11 +106,16 @@ class Pool:
         return sum(-(-stop // self.page) - group.first(start) // self.page for group in self.groups)
 
     def longest(self, most: int, chunk: int) -> int:
-        """The longest sequence, of at most `most` tokens, that the pool can hold alone, its prompt computed in chunks."""
+        """The longest sequence, of at most `most` tokens, that the pool can hold alone, computed in chunks of any sizes.
+
+        How many pages windows reach depends on where a chunk starts, and comes again (or grows) with each period.
+        """
+        period = lcm(ALIGNED, self.page)
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            peak = max(self.needed(max(middle - chunk, 0), middle), self.needed(0, min(chunk, middle)))
+            starts = range(max(middle - chunk - period, 0), max(middle - chunk, 0) + 1)
+            peak = max(self.needed(start, min(start + chunk, middle)) for start in starts)
             low, high = (middle, high) if peak <= self.pages else (low, middle - 1)
         return low
 
@@ -125,6 +136,7 @@ class Pool:
                 break
             path.append(found)
         length = next(n for n in range(len(path) - 1, -1, -1) if self._is_held(path, n))
+        path[length].sequences += 1
         made = Pages([], [], path[length], length)
         for g, group in enumerate(self.groups):
             first = group.first(length * self.page) // self.page
@@ -165,17 +177,20 @@ class Pool:
             held += [self._take() for _ in range(count - len(held))]
         return copies
 
-    def publish(self, pages: Pages, tokens: Sequence[int]) -> None:
-        """Lets others find the full pages of `tokens`, which are computed; those that were known before stay what is found."""
-        while self.prefix_caching and (pages.depth + 1) * self.page <= len(tokens):
+    def publish(self, pages: Pages, tokens: Sequence[int], computed: int) -> None:
+        """Lets others find the full pages of the first `computed` tokens; those known before stay what is found."""
+        count = min(len(tokens), computed) if self.prefix_caching else 0
+        while (pages.depth + 1) * self.page <= count:
             part = tuple(tokens[pages.depth * self.page : (pages.depth + 1) * self.page])
             found = pages.known.children.get(part)
             if found is None:
                 found = pages.known.children[part] = Prefix(pages.known, part, [None] * len(self.groups))
             for g, held in enumerate(pages.held):
-                if pages.first[g] <= pages.depth and found.pages[g] is None and held[pages.depth] not in self._known:
+                if pages.first[g] <= pages.depth and found.pages[g] is None:
                     found.pages[g] = held[pages.depth]
                     self._known[held[pages.depth]] = found, g
+            found.sequences += 1
+            pages.known.sequences -= 1
             pages.known = found
             pages.depth += 1
 
@@ -193,6 +208,7 @@ class Pool:
         for first, held in zip(pages.first, pages.held, strict=True):
             for page in held[first:]:
                 self._hold(page)
+        pages.known.sequences += 1
         return Pages([list(held) for held in pages.held], list(pages.first), pages.known, pages.depth)
 
     def release(self, pages: Pages) -> None:
@@ -202,6 +218,8 @@ class Pool:
                 self._drop(page)
             held.clear()
             pages.first[g] = 0
+        pages.known.sequences -= 1
+        self._forget(pages.known)
         pages.known, pages.depth = self.root, 0
 
     def _hold(self, page: int) -> None:
@@ -230,13 +248,10 @@ class Pool:
         self.counts[page] = 1
         return page
 
-    def _forget(self, prefix: Prefix | None) -> None:
-        """Takes prefixes out of the tree that no page and no longer prefix needs."""
-        while prefix is not None and prefix.parent is not None and not prefix.children:
-            if any(page is not None for page in prefix.pages):
-                return
-            if prefix.parent.children.get(prefix.tokens) is prefix:
-                del prefix.parent.children[prefix.tokens]
+    def _forget(self, prefix: Prefix) -> None:
+        """Takes prefixes out of the tree that no page, no sequence and no longer prefix needs."""
+        while prefix.parent is not None and not prefix.is_needed:
+            del prefix.parent.children[prefix.tokens]
             prefix = prefix.parent
 
     def check(self, sequences: Sequence[Pages]) -> None:
@@ -249,9 +264,13 @@ class Pool:
                     counts[page] += 1
         assert counts == self.counts, "pages are counted wrongly"
         idle = [*self._free, *self._kept]
-        assert sorted(idle) == [page for page in range(1, self.pages + 1) if not counts[page]], (
-            "a page is lost or doubled"
-        )
-        for page, (prefix, g) in self._known.items():
-            assert prefix.pages[g] == page
+        assert sorted(idle) == [page for page in range(1, self.pages + 1) if not counts[page]], "a page is lost or doubled"
         assert all(page in self._known for page in self._kept)
+        tree = [self.root]
+        for prefix in tree:
+            tree += prefix.children.values()
+        found = {page: (prefix, g) for prefix in tree for g, page in enumerate(prefix.pages) if page is not None}
+        assert found == self._known, "what is known is not what is found"
+        assert all(len(prefix.tokens) == self.page for prefix in tree[1:]), "a page is known before its tokens are"
+        ends = Counter(pages.known for pages in sequences)
+        assert all(prefix.is_needed and prefix.sequences == ends[prefix] for prefix in tree[1:]), "a prefix is left over"

@@ -141,7 +141,8 @@ class Scheduler:
         """Takes up those that wait, the first first, as long as there is room."""
         while self.waiting and all(room):
             sequence = self.waiting[0]
-            if sequence.pending or len(self._rows) <= sequence.siblings:
+            reserved = sum(other.siblings for other in self.running)
+            if sequence.pending or len(self._rows) <= sequence.siblings + reserved:
                 return
             if self.running and self.pool.free < len(self.running) * len(self.pool.groups):
                 return  # those that run need a page soon
@@ -190,7 +191,7 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Lets others find what is computed of a sequence's known tokens."""
         if sequence.pages is not None and not sequence.scored:
-            self.pool.publish(sequence.pages, sequence.tokens[: sequence.computed])
+            self.pool.publish(sequence.pages, sequence.tokens, sequence.computed)
 
     def _forked(self, sequence: Sequence) -> list[Sequence]:
         """The other samples of a request, which share the pages of its prompt."""
