@@ -70,13 +70,12 @@ def sample(
     x = logits.float()
     x = torch.where(x.isnan(), -torch.inf, x)
     asking = [row for row, of in enumerate(params) if of.logprobs is not None]
-    model = _of_rows(x, asking).log_softmax(-1) if asking else None
+    model = x[asking].log_softmax(-1) if asking else None
     _penalize(x, params, prompts, outputs)
     if banned is not None and any(len(ids) for ids in banned):
-        row, token = _indices(banned, x)
-        x[row, token] = -torch.inf
+        x[_indices(banned, x)] = -torch.inf
     drawing = [row for row, of in enumerate(params) if of.temperature > 0]
-    if len(drawing) == n and n:
+    if drawing and len(drawing) == n:
         tokens = _draw(x, params, u)
     else:
         tokens = x.argmax(-1)
@@ -84,13 +83,12 @@ def sample(
             tokens[drawing] = _draw(x[drawing], [params[row] for row in drawing], u[drawing])
     if model is None:
         return Choice(tokens, None, None)
-    chosen = model.gather(1, _of_rows(tokens, asking)[:, None])[:, 0]
+    logprobs = _among(model.gather(1, tokens[asking, None])[:, 0], asking, n, torch.nan)
     k = min(max(params[row].logprobs or 0 for row in asking), x.shape[1])
-    top = None
-    if k:
-        values, indices = _highest(model, k)
-        top = _among(values, asking, n, torch.nan), _among(indices, asking, n, -1)
-    return Choice(tokens, _among(chosen, asking, n, torch.nan), top)
+    if k == 0:
+        return Choice(tokens, logprobs, None)
+    values, indices = _highest(model, k)
+    return Choice(tokens, logprobs, (_among(values, asking, n, torch.nan), _among(indices, asking, n, -1)))
 
 
 def uniform(seeds: Sequence[int], steps: Sequence[int]) -> NDArray[np.float32]:
@@ -100,7 +98,7 @@ def uniform(seeds: Sequence[int], steps: Sequence[int]) -> NDArray[np.float32]:
     "Fast splittable pseudorandom number generators", 2014), so that what a request draws does not depend on its batch.
     """
     start = _mixed(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
-    count = np.array([step % 2**64 for step in steps], dtype=np.uint64) + np.uint64(1)
+    count = np.array(steps, dtype=np.uint64) + np.uint64(1)
     drawn = _mixed(start + count * np.uint64(0x9E3779B97F4A7C15))
     return (drawn >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
@@ -145,7 +143,7 @@ def _weights(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         beyond[:, -1] = False
         weights = weights.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
     if any(of.min_p > 0 for of in params):
-        weights = weights.masked_fill(scaled.exp() < column([of.min_p for of in params]), 0)
+        weights = weights.masked_fill(scaled.exp() < column([of.min_p for of in params]).float(), 0)
     return weights
 
 
@@ -171,11 +169,11 @@ def _penalize(
         costs = of.presence_penalty * (counts > 0) + of.frequency_penalty * counts
         changes.append(np.stack([np.full(len(counts), of.repetition_penalty), costs]))
     if changes:
-        row, token = _indices(seen, x)
+        where = _indices(seen, x)
         factor, cost = torch.from_numpy(np.concatenate(changes, 1)).float().to(x.device)
-        score = x[row, token]
+        score = x[where]
         changed = torch.where(score < 0, score * factor, score / factor) - cost
-        x[row, token] = changed.where(~changed.isnan(), -torch.inf)
+        x[where] = changed.where(~changed.isnan(), -torch.inf)
 
 
 def _indices(tokens: Sequence[Sequence[int] | Ids], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,14 +193,8 @@ def _highest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.gather(1, indices), indices
 
 
-def _of_rows(x: Tensor, rows: list[int]) -> Tensor:
-    return x if len(rows) == len(x) else x[rows]
-
-
 def _among(values: Tensor, rows: list[int], n: int, filler: float) -> Tensor:
     """`values` of `rows` among n rows, and `filler` in the others."""
-    if len(rows) == n:
-        return values
     every = values.new_full((n, *values.shape[1:]), filler)
     every[rows] = values
     return every
