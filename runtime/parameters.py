@@ -1,37 +1,72 @@
-"""How tokens are chosen: the parameters of one request, with the names and meanings of transformers where it has them."""
+"""How the tokens of a request are chosen, and when it ends."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Any, Self
 
 from fuser.errors import UsageError
 
 MOST_LOGPROBS = 256
 
 
+LARGEST = 3.4e38  # of float32, which logits are computed in
+
+
+def _whole(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most
+
+
+def _real(value: Any, least: float = -LARGEST, most: float = LARGEST) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and bool(least <= value <= most)  # type: ignore[operator]
+
+
+WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_new_tokens": ("a whole number of at least 1", lambda value: _whole(value, 1)),
+    "min_new_tokens": ("a whole number of at least 0", lambda value: _whole(value, 0)),
+    "temperature": ("a finite number of at least 0", lambda value: _real(value, 0)),
+    "top_k": ("a whole number of at least 0", lambda value: _whole(value, 0)),
+    "top_p": ("a number above 0 and at most 1", lambda value: _real(value, 0, 1) and value > 0),
+    "min_p": ("a number from 0 to 1", lambda value: _real(value, 0, 1)),
+    "repetition_penalty": ("a finite number above 0", lambda value: _real(value, 0) and value > 0),
+    "presence_penalty": ("a finite number", _real),
+    "frequency_penalty": ("a finite number", _real),
+    "seed": ("a whole number or None", lambda value: value is None or _whole(value)),
+    "ignore_eos": ("True or False", lambda value: isinstance(value, bool)),
+    "logprobs": (
+        f"None or a whole number from 0 to {MOST_LOGPROBS}",
+        lambda value: value is None or _whole(value, 0, MOST_LOGPROBS),
+    ),
+    "n": ("a whole number of at least 1", lambda value: _whole(value, 1)),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen, and when it ends.
+    """How many tokens a request gets, how each is chosen, and what ends it before.
+
+    Names and meaning are those of transformers' `GenerationConfig` where it has them, those of OpenAI's interface elsewhere.
 
     Attributes:
-        max_new_tokens: the most tokens of a sample.
-        min_new_tokens: until then no token that ends it is chosen.
-        temperature: 0 takes the likeliest token.
-        top_k: only so many likeliest tokens are drawn from; 0: all.
-        top_p: only the likeliest tokens whose probabilities come to this.
-        min_p: only tokens that are at least this times as likely as the likeliest.
-        repetition_penalty: divides positive logits of tokens of prompt and output, and multiplies negative ones.
-        presence_penalty: subtracted from the logits of tokens of the output.
-        frequency_penalty: likewise, times how often they are there (OpenAI's definitions, both).
-        seed: of what is drawn, of sample i the seed plus i; None: another one for each request.
-        stop: texts, or token ids, that end a sample. A text is cut off, a token is the last one.
-        ignore_eos: go on after the model's own tokens of the end.
-        logprobs: give the log-probability of each token, and of so many likeliest ones; None: give none.
-        n: how many samples of the prompt.
+        max_new_tokens: the most tokens that are generated.
+        min_new_tokens: until there are so many, no token that would end the request is chosen.
+        temperature: what logits are divided by; 0 chooses the likeliest token (greedy), and nothing is drawn.
+        top_k: the number of likeliest tokens that are drawn from; 0 for all.
+        top_p: the probability that the tokens drawn from have together, the likeliest first.
+        min_p: the least probability of a token that is drawn from, as a part of the likeliest one's.
+        repetition_penalty: what positive logits of tokens of prompt and output are divided by, and negative ones multiplied.
+        presence_penalty: what is subtracted from the logits of tokens that are in the output.
+        frequency_penalty: what is subtracted from them for each time they are in the output.
+        seed: what draws are made from, the same tokens for the same seed; None for a fresh one each time.
+        stop: strings or token ids that end the output, one or several of either; a tuple after construction.
+        ignore_eos: whether the model's end token is a token like others.
+        logprobs: for the logarithm of each chosen token's probability, and of so many of the likeliest; None for none.
+        n: the number of outputs.
 
     Raises:
-        UsageError: one of them cannot be.
+        UsageError: a value is none of these; the text names it, what was expected and what was given.
     """
 
     max_new_tokens: int = 128
@@ -48,82 +83,122 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
-    stop_strings: tuple[str, ...] = field(init=False, repr=False)
-    stop_tokens: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._whole("max_new_tokens", 1)
-        self._whole("min_new_tokens", 0, self.max_new_tokens)
-        self._whole("top_k", 0)
-        self._whole("n", 1)
-        if self.logprobs is not None:
-            self._whole("logprobs", 0, MOST_LOGPROBS)
-        if self.seed is not None:
-            self._whole("seed", None)
-        self._number("temperature", "a number of 0 or more", lambda x: x >= 0)
-        self._number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
-        self._number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
-        self._number("repetition_penalty", "above 0", lambda x: x > 0)
-        self._number("presence_penalty", "a number", lambda x: True)
-        self._number("frequency_penalty", "a number", lambda x: True)
-        stop = (self.stop,) if isinstance(self.stop, (str, int)) else tuple(self.stop)
-        for item in stop:
-            if isinstance(item, bool) or not (
-                (isinstance(item, str) and item) or (isinstance(item, int) and item >= 0)
-            ):
-                raise UsageError(f"stop must be texts, not empty, or token ids, got {item!r}")
-        object.__setattr__(self, "stop_strings", tuple(item for item in stop if isinstance(item, str)))
-        object.__setattr__(self, "stop_tokens", tuple(item for item in stop if not isinstance(item, str)))
+        for name, (wanted, holds) in WANTED.items():
+            if not holds(value := getattr(self, name)):
+                raise UsageError(f"{name} must be {wanted}, got {value!r}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UsageError(
+                f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens}, got {self.min_new_tokens}"
+            )
+        stop = (self.stop,) if isinstance(self.stop, (str, Integral)) else self.stop
+        if not isinstance(stop, Sequence) or isinstance(stop, (bytes, bytearray)):
+            raise UsageError(f"stop must be strings or token ids, got {stop!r}")
+        for one in stop:
+            if not (one if isinstance(one, str) else _whole(one, 0)):
+                raise UsageError(f"stop must be strings that are not empty, or token ids of at least 0, got {one!r}")
+        object.__setattr__(self, "stop", tuple(stop))
 
-    def _whole(self, name: str, least: int | None, most: int | None = None) -> None:
-        value = getattr(self, name)
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or (least is not None and value < least) or (most is not None and value > most):
-            span = "" if least is None else f" of {least} or more" if most is None else f" from {least} to {most}"
-            raise UsageError(f"{name} must be a whole number{span}, got {value!r}")
+    @cached_property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings of `stop`."""
+        return tuple(one for one in _listed(self.stop) if isinstance(one, str))
 
-    def _number(self, name: str, wanted: str, fits: Any) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not fits(value):
-            raise UsageError(f"{name} must be {wanted}, got {value!r}")
+    @cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The token ids of `stop`."""
+        return tuple(int(one) for one in _listed(self.stop) if not isinstance(one, str))
 
     @classmethod
-    def of(cls, config: Any, prompt: int) -> "SamplingParams":
-        """What a GenerationConfig of transformers asks for, for a prompt of so many tokens.
+    def of(cls, config: Any, prompt_length: int) -> Self:
+        """What a transformers `GenerationConfig` says, for a prompt of `prompt_length` tokens.
+
+        What is not set means what `generate` makes of it: 20 tokens, each the likeliest or, with `do_sample`, drawn among 50.
+        Fields that change neither tokens nor their number (of caches, of what is returned) say nothing here.
 
         Raises:
-            UsageError: it asks for what is not done here, such as beams.
+            UsageError: it asks for what is not done here (beams, other filters); the text names the field.
         """
-        plain = type(config)()
-        asked = {k: v for k, v in config.to_dict().items() if v is not None and v != getattr(plain, k, None)}
-        sampled = bool(asked.get("do_sample", False))
-        for name in asked.keys() & UNMET.keys():
-            if asked[name] != UNMET[name]:
-                raise UsageError(f"generation: {name}={asked[name]!r} is not done here")
-        given: dict[str, Any] = {}
-        if config.max_new_tokens is not None:
-            given["max_new_tokens"] = config.max_new_tokens
-        else:
-            given["max_new_tokens"] = (config.max_length or 20) - prompt
-        names = {"min_new_tokens": "min_new_tokens", "repetition_penalty": "repetition_penalty"}
-        names |= {"num_return_sequences": "n"}
+        defaults = vars(type(config)())
+        sampled = bool(getattr(config, "do_sample", None))
+        for name, value in vars(config).items():
+            if name in TAKEN or name in APART or name.startswith("_") or value is None:
+                continue
+            if name not in NEUTRAL and name not in defaults:
+                continue  # not a field of transformers: `generate` does not know it either
+            if value != NEUTRAL.get(name, defaults.get(name)) and (sampled or name not in FILTERS):
+                raise UsageError(f"{name} is not supported in generation, and the configuration sets it to {value!r}")
+
+        def given(name: str, default: Any) -> Any:
+            value = getattr(config, name, None)
+            return default if value is None else value
+
+        length = getattr(config, "max_length", None)
+        if length is None or length == defaults.get("max_length"):
+            length = prompt_length + 20
+        new = getattr(config, "max_new_tokens", None)
+        if new is None and length <= prompt_length:
+            raise UsageError(
+                f"max_length must be more than the prompt's {prompt_length} tokens, got {length}; max_new_tokens counts without"
+            )
+        drawn: dict[str, Any] = {}
         if sampled:
-            given["temperature"] = 1.0
-            given["top_k"] = 50 if config.top_k is None else config.top_k  # what transformers takes by default
-            names |= {name: name for name in ("temperature", "top_p", "min_p")}
-        given |= {own: asked[name] for name, own in names.items() if name in asked}
-        ends = asked.get("eos_token_id", ())
-        stop = [*(asked.get("stop_strings") or ()), *(ends if isinstance(ends, (list, tuple)) else (ends,))]
-        return cls(**given, stop=tuple(stop), ignore_eos="eos_token_id" in asked)  # its own take the model's place
+            drawn = {
+                "temperature": given("temperature", 1.0),
+                "top_k": given("top_k", 50),
+                "top_p": given("top_p", 1.0),
+                "min_p": given("min_p", 0.0),
+            }
+        return cls(
+            max_new_tokens=length - prompt_length if new is None else new,
+            min_new_tokens=given("min_new_tokens", max(0, given("min_length", 0) - prompt_length)),
+            repetition_penalty=given("repetition_penalty", 1.0),
+            stop=(*_listed(getattr(config, "stop_strings", None)), *_listed(getattr(config, "eos_token_id", None))),
+            n=given("num_return_sequences", 1),
+            ignore_eos=getattr(config, "eos_token_id", None) is not None,  # its own end tokens take the model's place
+            **drawn,
+        )
 
 
-# What transformers can be asked for and would change what is chosen, and the value that changes nothing.
-UNMET: Mapping[str, Any] = {
-    "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "top_h": None, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0, "bad_words_ids": None, "force_words_ids": None, "constraints": None,
-    "sequence_bias": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "guidance_scale": 1.0, "token_healing": False,
-    "watermarking_config": None, "dola_layers": None, "min_length": 0, "max_time": None,
-}  # fmt: skip
+def _listed(values: Any) -> Sequence[Any]:
+    """One value, several (a tensor of them, too) or None, as a sequence."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if values is None:
+        return ()
+    return values if isinstance(values, (list, tuple)) else (values,)
+
+
+# Fields of GenerationConfig: those that are taken over,
+# fmt: off
+TAKEN = frozenset((
+    "do_sample", "max_new_tokens", "max_length", "min_new_tokens", "min_length", "temperature", "top_k", "top_p",
+    "min_p", "repetition_penalty", "num_return_sequences", "stop_strings", "eos_token_id",
+))
+# those that change no token, or only those of beams and of assistants, which are refused,
+APART = frozenset((
+    "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache",
+    "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config",
+    "disable_compile", "low_memory", "continuous_batching_config", "return_dict_in_generate", "output_attentions",
+    "output_hidden_states", "output_scores", "output_logits", "renormalize_logits", "early_stopping",
+    "length_penalty", "num_beam_groups", "diversity_penalty", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    "max_matching_ngram_size",
+))
+# fmt: on
+# and the values with which the others do nothing: without a line here, None and what a new GenerationConfig holds.
+NEUTRAL = {
+    "num_beams": 1,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+    "remove_invalid_values": False,
+    "token_healing": False,
+    "use_mtp": False,
+}
+FILTERS = frozenset(("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"))  # of draws alone
