@@ -289,18 +289,18 @@ def test_a_sequence_as_long_as_the_cache_ends_there() -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of 1 or more, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         ({"max_new_tokens": -3}, "max_new_tokens"),
         ({"max_new_tokens": True}, "max_new_tokens"),
-        ({"temperature": float("nan")}, "temperature must be a number of 0 or more, got nan"),
+        ({"temperature": float("nan")}, "temperature must be a finite number of at least 0, got nan"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": -1}, "top_k"),
-        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 0.0}, "top_p must be a number above 0"),
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"presence_penalty": float("inf")}, "presence_penalty"),
         ({"seed": 1.5}, "seed"),
-        ({"stop": ""}, "stop must be texts, not empty"),
+        ({"stop": ""}, "stop must be strings that are not empty"),
         ({"stop": [-1]}, "stop"),
         ({"logprobs": 1000}, "logprobs"),
         ({"n": 0}, "n must be"),
@@ -322,7 +322,7 @@ def test_a_generation_config_means_what_transformers_means() -> None:
         wanted = model.generate(torch.tensor([prompt]), generation_config=config, pad_token_id=0)[0, len(prompt) :]
         result = llm.generate([prompt], config)[0]
         assert result.token_ids == wanted.tolist()
-    with pytest.raises(UsageError, match="num_beams=4 is not done here"):
+    with pytest.raises(UsageError, match="num_beams is not supported"):
         llm.generate([prompt], GenerationConfig(num_beams=4))
     sampled = SamplingParams.of(
         GenerationConfig(do_sample=True, top_p=0.8, num_return_sequences=3, max_new_tokens=5), 4

@@ -12,6 +12,7 @@ from tests import architectures
 pytestmark = pytest.mark.gpu
 LENGTHS = (3, 9, 1, 17, 5, 22, 8, 19)
 SMALL: dict[str, Any] = {"page_size": 16, "max_length": 64, "max_step_tokens": 16, "max_sequences": 8, "device": "cuda"}
+ROOM = 1024  # tokens of a cache that holds all
 
 
 def prompts(vocabulary: int) -> list[list[int]]:

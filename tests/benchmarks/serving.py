@@ -118,7 +118,7 @@ def peers(folder: Path, batches: list[int], context: int) -> None:
                 ("eager", model.forward),
                 ("compiled", torch.compile(model.forward, mode="reduce-overhead")),
             ):
-                start, times = time.perf_counter(), []
+                times: list[float] = []
                 for i in range(24):
                     torch.cuda.synchronize()
                     begin = time.perf_counter()
