@@ -8,6 +8,7 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from sys import maxsize
 
 from fuser.runtime.paging import Copy, Pages, Pool
 from fuser.runtime.parameters import SamplingParams
@@ -121,8 +122,8 @@ class Scheduler:
         scheduled: set[Sequence] = set()
         room = [self.step_tokens, self.step_rows]
         is_blocked = False
-        for is_wanted in (lambda n: n == 1, lambda n: n > 1):  # those that generate, then prompts
-            for sequence in [s for s in self.running if is_wanted(s.wanted)]:
+        for wanted in (range(1, 2), range(2, maxsize)):  # those that generate, then prompts
+            for sequence in [s for s in self.running if s.wanted in wanted]:
                 if sequence.pages is None or sequence in scheduled:
                     continue  # it was preempted for one before it
                 while room[0] and not self._continued(sequence, batch, room):
@@ -221,5 +222,3 @@ class Scheduler:
         self.pool.release(sequence.pages)
         self._rows.append(sequence.row)
         sequence.pages, sequence.row = None, -1
-
-
