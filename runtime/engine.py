@@ -281,6 +281,8 @@ class Engine:
         self.statistics.finished_s.append(perf_counter())
         found: list[Event | Scores] = []
         for part, logprobs in flight.scores:
+            if part.sequence.finish_reason is not None:
+                continue
             found.append(Scores(part.sequence, part.start, logprobs.tolist()))
             if part.start + part.count == part.sequence.last:
                 self.finish(part.sequence, "length")
