@@ -283,6 +283,8 @@ class Engine:
         self.statistics.finished_s.append(perf_counter())
         found: list[Event | Scores] = []
         for part, scored in flight.scores:
+            if part.sequence.finish_reason is not None:
+                continue
             found.append(Scores(part.sequence, part.start, scored.tolist()))
             if part.start + part.count == part.sequence.last:
                 self.finish(part.sequence, "length")

@@ -263,10 +263,8 @@ class Pool:
                 for page in held[first:]:
                     counts[page] += 1
         assert counts == self.counts, "pages are counted wrongly"
-        idle = [*self._free, *self._kept]
-        assert sorted(idle) == [page for page in range(1, self.pages + 1) if not counts[page]], (
-            "a page is lost or doubled"
-        )
+        idle = [page for page in range(1, self.pages + 1) if not counts[page]]
+        assert sorted([*self._free, *self._kept]) == idle, "a page is lost or doubled"
         assert all(page in self._known for page in self._kept)
         tree = [self.root]
         for prefix in tree:
@@ -275,6 +273,4 @@ class Pool:
         assert found == self._known, "what is known is not what is found"
         assert all(len(prefix.tokens) == self.page for prefix in tree[1:]), "a page is known before its tokens are"
         ends = Counter(pages.known for pages in sequences)
-        assert all(prefix.is_needed and prefix.sequences == ends[prefix] for prefix in tree[1:]), (
-            "a prefix is left over"
-        )
+        assert all(prefix.sequences == ends[prefix] and prefix.is_needed for prefix in tree[1:]), "a prefix is left"
