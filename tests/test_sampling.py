@@ -145,16 +145,33 @@ def test_a_row_chooses_alone_what_it_chooses_among_others() -> None:
             assert torch.equal(alone.tokens, among.tokens[one])
 
 
-def test_draws_next_to_the_bounds_do_not_move() -> None:
-    """Row independence where it is hardest: u at the very step from one token to the next, found by bisection."""
-    V, params = 257, SamplingParams(temperature=1.1, top_p=0.95)
-    logits = drawn(5, V, seed=3)
-    steps = torch.arange(2**24 - 64, 2**24, device=DEVICE) / 2**24
-    chosen = [sample(row.expand(64, -1), [params] * 64, steps).tokens for row in logits]
-    for i in range(64):
-        together = sample(logits, [params] * 5, steps[i].expand(5)).tokens
-        assert together.tolist() == [int(tokens[i]) for tokens in chosen]
-    assert sample(torch.zeros(1, V, device=DEVICE), [params], steps[-1:]).tokens.item() == V - 1
+def test_draws_at_the_bounds_do_not_move() -> None:
+    """Where independence of other rows is hardest: at the very u where one token ends and the next begins, and next to it."""
+    V, n = 257, 6
+    params = SamplingParams(temperature=1.1, top_p=0.95)
+    logits = drawn(n, V, seed=3)
+
+    def chosen(steps: list[int], rows: Tensor) -> list[int]:
+        u = torch.tensor(steps, device=DEVICE) / 2**24
+        return sample(rows, [params] * len(steps), u).tokens.tolist()
+
+    bounds = []
+    for row in range(n):
+        low, high = 0, 2**24 - 1  # the token of u = 1 / 2 begins between them
+        begins = chosen([2**23], logits[row : row + 1])[0]
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if chosen([middle], logits[row : row + 1])[0] < begins else (low, middle)
+        bounds.append(high)
+    for offset in (-1, 0, 1):
+        steps = [bound + offset for bound in bounds]
+        alone = [chosen([step], logits[row : row + 1].clone())[0] for row, step in enumerate(steps)]
+        assert chosen(steps, logits) == alone == chosen(steps[::-1], logits.flip(0))[::-1]
+
+
+def test_the_highest_number_takes_the_last_token() -> None:
+    u = torch.tensor([1 - 2**-24], device=DEVICE)
+    assert sample(torch.zeros(1, 1000, device=DEVICE), [SamplingParams(temperature=1.0)], u).tokens.tolist() == [999]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
