@@ -115,7 +115,8 @@ class SamplingParams:
         """What a transformers `GenerationConfig` says, for a prompt of `prompt_length` tokens.
 
         What is not set means what `generate` makes of it: 20 tokens, each the likeliest or, with `do_sample`, drawn among 50.
-        Fields that change neither tokens nor their number (of caches, of what is returned) say nothing here.
+        Fields that change neither tokens nor their number (of caches, of what is returned) say nothing here, nor do those that
+        transformers does not know; end tokens become `stop` tokens.
 
         Raises:
             UsageError: it asks for what is not done here (beams, other filters); the text names the field.
@@ -169,8 +170,8 @@ def _listed(values: Any) -> Sequence[Any]:
     return values if isinstance(values, (list, tuple)) else (values,)
 
 
-# Fields of GenerationConfig: those that are taken over,
 # fmt: off
+# Fields of GenerationConfig: those that are taken over,
 TAKEN = frozenset((
     "do_sample", "max_new_tokens", "max_length", "min_new_tokens", "min_length", "temperature", "top_k", "top_p",
     "min_p", "repetition_penalty", "num_return_sequences", "stop_strings", "eos_token_id",

@@ -111,12 +111,10 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _draw(x: Tensor, params: Sequence[SamplingParams], u: Tensor) -> Tensor:
     """The token [n] of each row of logits [n, V] with which its weights, summed up in order, pass u of their sum."""
-    V = x.shape[1]
-    weights = _weights(x, params)
-    total = weights.cumsum(-1)
+    total = _weights(x, params).cumsum(-1)
     wanted = (u.double() * total[:, -1]).long()  # below the sum: 1 - u is at least 2**-24
     found = torch.searchsorted(total, wanted[:, None], right=True)[:, 0]
-    return torch.where(found < V, found, 0)
+    return torch.where(found < x.shape[1], found, 0)  # no weight at all
 
 
 def _weights(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
