@@ -1,4 +1,4 @@
-"""What every test shares: at most two torch threads, `gpu` tests skipped where there is no CUDA device, golden files."""
+"""What every test shares: at most two torch threads, one beside others, `gpu` tests skipped where there is no CUDA device, golden files."""
 
 import os
 
@@ -20,7 +20,8 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    shared = "PYTEST_XDIST_WORKER" in os.environ  # with other workers, one on each core
+    torch.set_num_threads(1 if shared else min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from tests import architectures
 pytestmark = pytest.mark.gpu
 LENGTHS = (3, 9, 1, 17, 5, 22, 8, 19)
 SMALL: dict[str, Any] = {"page_size": 16, "max_length": 64, "max_step_tokens": 16, "max_sequences": 8, "device": "cuda"}
-ROOM = 1024  # tokens of a cache that holds all
+ROOMY: dict[str, Any] = {**SMALL, "max_tokens_in_flight": 1024}
 
 
 def prompts(vocabulary: int) -> list[list[int]]:
@@ -48,7 +48,7 @@ def test_steps_of_one_token_do_not_depend_on_who_is_beside(dtype: str, monkeypat
     model = architectures.model("llama").cuda()
 
     def logits(asked: list[list[int]]) -> list[list[Tensor]]:
-        llm = LLM(model, dtype=dtype, prefix_caching=False, **SMALL)
+        llm = LLM(model, dtype=dtype, prefix_caching=False, **ROOMY)
         found: list[list[Tensor]] = [[] for _ in asked]
         run = llm.runner.run
 
@@ -73,11 +73,10 @@ def test_steps_of_one_token_do_not_depend_on_who_is_beside(dtype: str, monkeypat
 
 
 def test_drawn_tokens_repeat() -> None:
-    llm = LLM(architectures.model("qwen2").cuda(), dtype="bf16", **SMALL)
-    given = prompts(llm.runner.vocabulary)
+    given = prompts(architectures.V)
     params = SamplingParams(max_new_tokens=10, temperature=1.1, top_k=40, top_p=0.9, seed=3, n=2, logprobs=2)
     first, second = (
-        LLM(architectures.model("qwen2").cuda(), dtype="bf16", **SMALL).generate(given, params) for _ in "ab"
+        LLM(architectures.model("qwen2").cuda(), dtype="bf16", **ROOMY).generate(given, params) for _ in "ab"
     )
     assert [r.token_ids for r in first] == [r.token_ids for r in second]
     assert all(r.logprobs is not None and len(r.logprobs) == len(r.token_ids) for r in first)
@@ -85,10 +84,10 @@ def test_drawn_tokens_repeat() -> None:
 
 
 def test_a_bound_on_memory_of_graphs_leaves_steps_uncaptured() -> None:
-    llm = LLM(architectures.model("llama").cuda(), **SMALL)
+    llm = LLM(architectures.model("llama").cuda(), **ROOMY)
     llm.runner.graph_bytes = 0  # type: ignore[attr-defined]
     given = prompts(llm.runner.vocabulary)
-    whole = LLM(architectures.model("llama").cuda(), **SMALL)
+    whole = LLM(architectures.model("llama").cuda(), **ROOMY)
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     assert [r.token_ids for r in llm.generate(given, params)] == [r.token_ids for r in whole.generate(given, params)]
     assert not llm.runner.captured  # type: ignore[attr-defined]

@@ -360,9 +360,12 @@ def test_stops_are_strings_and_tokens() -> None:
         ),
         ({"repetition_penalty": 1.2}, {"max_new_tokens": 20, "repetition_penalty": 1.2}),
         ({"do_sample": True, "num_return_sequences": 3}, {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "n": 3}),
-        ({"eos_token_id": 2}, {"max_new_tokens": 20, "stop": 2}),
-        ({"eos_token_id": [2, 0], "stop_strings": "x"}, {"max_new_tokens": 20, "stop": ("x", 2, 0)}),
-        ({"eos_token_id": torch.tensor([5]), "stop_strings": ["x", "y"]}, {"max_new_tokens": 20, "stop": ("x", "y", 5)}),
+        ({"eos_token_id": 2}, {"max_new_tokens": 20, "stop": 2, "ignore_eos": True}),
+        ({"eos_token_id": [2, 0], "stop_strings": "x"}, {"max_new_tokens": 20, "stop": ("x", 2, 0), "ignore_eos": True}),
+        (
+            {"eos_token_id": torch.tensor([5]), "stop_strings": ["x", "y"]},
+            {"max_new_tokens": 20, "stop": ("x", "y", 5), "ignore_eos": True},
+        ),
         ({"num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "no_repeat_ngram_size": 0}, {"max_new_tokens": 20}),
         ({"typical_p": 0.5}, {"max_new_tokens": 20}),  # a filter of draws
         ({"bos_token_id": 1, "pad_token_id": 0, "use_cache": False}, {"max_new_tokens": 20}),
