@@ -279,9 +279,7 @@ class Bound:
             return lambda arguments: compute(*arguments)
         launch = cache.load(step.kernel).launch
         scratch = self.workspace if step.kernel.workspace[0] else ()
-        device = self.weights.device
-        pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        return lambda arguments: launch(*arguments, *scratch, pdl=pdl)
+        return lambda arguments: launch(*arguments, *scratch)
 
     def _product(self, step: Step) -> Callable[[list[Any]], None]:
         names = step.what
