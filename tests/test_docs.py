@@ -1,4 +1,4 @@
-"""The examples of README.md and docs/python.md, run as they stand there."""
+"""The examples of README.md, docs/python.md and docs/generation.md, run as they stand there."""
 
 import re
 from pathlib import Path
@@ -20,15 +20,15 @@ def _blocks(page: Path) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/generation.md"])
 def test_examples(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")  # what they write stays out of the repository
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     source = _blocks(ROOT / page)
-    assert "fuser." in source
+    assert "fuser" in source
     exec(compile(source, str(ROOT / page), "exec"), {"__name__": "example"})
-    assert (tmp_path / "fused.onnx").is_file()
+    assert (tmp_path / "fused.onnx").is_file() or ".save(" not in source
 
 
 @pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")))
