@@ -20,7 +20,6 @@ from fuser.running import PagedRunner
 from fuser.runtime.engine import Engine, Event, Runner, Scores, Statistics
 from fuser.runtime.paging import Group, Pool, layer_groups
 from fuser.runtime.parameters import SamplingParams
-from fuser.runtime.scheduler import Sequence as Running
 from fuser.runtime.text import Growing, Tokenizer
 from fuser.sources import Source, source_of
 from fuser.stepping import DTYPES, Stepper, dtype_of
@@ -82,14 +81,11 @@ class Scored:
 class _Sample:
     result: Result
     growing: Growing | None
-    sequence: Running | None = None
 
 
 @dataclass
 class _Request:
     prompt: list[int]
-    params: SamplingParams
-    first: Running
     samples: list[_Sample]
     scores: list[float] = field(default_factory=list)
     inbox: "deque[Chunk] | None" = None  # of whoever waits for this request; else `step` returns what comes
@@ -158,6 +154,7 @@ class LLM:
         self.report = source.report
         self.tokenizer: Tokenizer | None = source.tokenizer(tokenizer)
         self.max_length = max_length or source.max_length or 4096
+        self._is_length_given = max_length is not None
         step_tokens = max(max_step_tokens or (2048 if self.device.type == "cuda" else 512), max_sequences)
         self.padded: str | None = None
         runner: Runner
@@ -189,6 +186,12 @@ class LLM:
             positions=self.max_length,
             kernels=kernels,
         )
+        if stepper.most_positions < self.max_length:
+            if self._is_length_given:
+                raise UsageError(
+                    f"max_length is {self.max_length}, the model has embeddings of {stepper.most_positions} positions"
+                )
+            self.max_length = stepper.weights.positions = stepper.most_positions
         groups = layer_groups([state.window for state in stepper.states])
         if not groups:
             raise UnsupportedOperator("no generation: the model declares no keys and values that it keeps")
@@ -259,15 +262,15 @@ class LLM:
             for sample in request.samples:
                 if sample.result.finish_reason is None:
                     sample.result.finish_reason = "cancelled"
-                    if request.inbox is not None:
-                        request.inbox.append(_chunk(sample.result, [], ""))
+                    inbox = self._unclaimed if request.inbox is None else request.inbox
+                    inbox.append(_chunk(sample.result, [], ""))
             for sequence in [s for s in self.engine.scheduler.sequences if s.request_id == request_id]:
                 self.engine.finish(sequence, "cancelled")
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is left."""
-        return not self._requests and self.engine.is_idle
+        """Whether no request is left, and nothing to be told of one."""
+        return not self._requests and not self._unclaimed and self.engine.is_idle
 
     # All at once
 
@@ -308,8 +311,14 @@ class LLM:
         """
         with self._lock:
             plain = SamplingParams(max_new_tokens=1)
-            ids = [self._added(text, plain, None, inbox=deque(), scored=True) for text in _prompts(texts)]
-            requests = [self._requests[i] for i in ids]
+            ids: list[str] = []
+            try:
+                ids.extend(self._added(text, plain, None, inbox=deque(), scored=True) for text in _prompts(texts))
+            except UsageError:
+                for request_id in ids:  # those before it
+                    self.cancel(request_id)
+                raise
+            requests = [self._requests[request_id] for request_id in ids]
             while not all(request.is_done for request in requests):
                 self._pump()
         return [Scored(request.prompt, request.scores) for request in requests]
@@ -327,7 +336,7 @@ class LLM:
         if chosen.stop_strings and self.tokenizer is None:
             raise UsageError("stop texts need a tokenizer; give LLM one, or stop at token ids")
         seed = secrets.randbits(48) if chosen.seed is None else chosen.seed
-        first = self.engine.add(request_id, tokens, chosen, seed=seed, scored=scored)
+        self.engine.add(request_id, tokens, chosen, seed=seed, scored=scored)
         samples = []
         for index in range(chosen.n):
             result = Result(request_id, index, tokens)
@@ -335,7 +344,7 @@ class LLM:
                 result.logprobs, result.top_logprobs = [], []
             growing = Growing(self.tokenizer, tokens, chosen.stop_strings) if self.tokenizer is not None else None
             samples.append(_Sample(result, growing))
-        self._requests[request_id] = _Request(tokens, chosen, first, samples, inbox=inbox)
+        self._requests[request_id] = _Request(tokens, samples, inbox=inbox)
         return request_id
 
     def _encoded(self, prompt: Prompt) -> list[int]:

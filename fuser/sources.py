@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from fuser import importer
 from fuser.compilation import Options
 from fuser.compiling import Compiled
 from fuser.errors import InputError, UsageError
 from fuser.graph import Graph
+from fuser.layers import steps
 from fuser.loading import load, pretrained
-from fuser.pipeline import Progress
+from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
 from fuser.pretrained import Pretrained, is_pretrained
 from fuser.report import Report
+from fuser.verification import Verification, too_large
 
 CONFIGS = ("config.json", "generation_config.json")  # the later ones say more of generating
 
@@ -101,9 +104,26 @@ def source_of(model: Any, *, verify: bool, note: Progress) -> Source:
         made.folder, made.device = path, None
         made.config = {**made.config, **_configs(path)}
         return made
-    note("fuse")
-    loaded = load(path, verify=verify)
-    return Source(loaded.graph, loaded.report, path.parent, _configs(path.parent))
+    graph, report = _of_file(path, verify=verify, note=note)
+    return Source(graph, report, path.parent, _configs(path.parent))
+
+
+def _of_file(path: Path, *, verify: bool, note: Progress) -> tuple[Graph, Report]:
+    """The fused graph of a file; a large one is compared by its rewrites alone: its weights are read once, when placed."""
+    report = Report(str(path), "pages")
+    with stage(report, "read", note):
+        graph = importer.load(path, None)
+        report.nodes_before, report.weights_bytes_before = len(graph.nodes), weight_bytes(graph)
+    skipped = too_large(report.weights_bytes_before)
+    if verify and not skipped:
+        loaded = load(path)
+        return loaded.graph, loaded.report
+    before = steps(graph)
+    canonicalized(graph, report, note)
+    rewritten(graph, before, report, note, verify=verify)
+    report.nodes_after, report.weights_bytes_after = len(graph.nodes), weight_bytes(graph)
+    report.verification = Verification(skipped=skipped or "it was not asked for")
+    return graph, report
 
 
 def _of_module(module: Any, graph: Graph, report: Report) -> Source:

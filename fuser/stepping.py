@@ -1,6 +1,7 @@
 """Runs the programs that codegen composes: weights made once, paged caches, kernels and torch's products in order."""
 
 from collections.abc import Callable, Mapping, Sequence
+from sys import maxsize
 from typing import Any, Literal
 
 import sympy
@@ -106,15 +107,12 @@ class Stepper:
 
         Raises:
             UnsupportedOperator: the graph is not token-wise.
-            UsageError: the graph has no embedding of as many positions as the stepper is for.
         """
         key = tokens, decode, rows
         if key not in self._programs:
-            made = compose(
+            self._programs[key] = compose(
                 self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode, table=self.table, rows=rows,
             )  # fmt: skip
-            _check_positions(made, self.weights.positions)
-            self._programs[key] = made
         return self._programs[key]
 
     @property
@@ -125,6 +123,15 @@ class Stepper:
     def states(self) -> list[State]:
         """The keys and values of every layer."""
         return self._first.states
+
+    @property
+    def most_positions(self) -> int:
+        """The longest sequence that the graph has embeddings for, if it has such of positions."""
+        positions = Input("positions")
+        tables = [
+            s.what.rows[0] for s in self._first.steps if isinstance(s.what, Embedding) and positions in s.arguments
+        ]
+        return min(tables, default=maxsize)
 
     def load(self, note: Callable[[int, int], None] = lambda done, of: None) -> None:
         """Places every weight on the device, one after another; `note` is told how many of them are there."""
@@ -148,7 +155,15 @@ class Stepper:
         return found
 
     def allocate(self, pages: int, groups: Sequence[Group]) -> None:
-        """Makes the caches, zeros. Layers of one group have one block table, layers of different ones share tensors."""
+        """Makes the caches, zeros. Layers of one group have one block table, layers of different ones share tensors.
+
+        Raises:
+            UsageError: the graph has no embedding of as many positions as the stepper is for.
+        """
+        if self.most_positions < self.weights.positions:
+            raise UsageError(
+                f"step: the graph has embeddings of {self.most_positions} positions, not {self.weights.positions}"
+            )
         for i, group in enumerate(groups):
             self.groups |= {self.states[layer].past: i for layer in group.layers}
         for states in self._slots(groups).values():
@@ -323,15 +338,6 @@ class Bound:
                 target.copy_(_as_rows(made, value, dims))
 
         return run
-
-
-def _check_positions(program: Program, positions: int) -> None:
-    for step in program.steps:
-        if isinstance(step.what, Embedding) and Input("positions") in step.arguments and step.what.rows[0] < positions:
-            raise UsageError(
-                f"step: a table at {step.origin.module or 'the embedding'} has rows for {step.what.rows[0]} positions, "
-                f"not {positions}"
-            )
 
 
 def _arranged(value: Value, dims: Tokens) -> Arrangement:

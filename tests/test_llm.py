@@ -232,18 +232,17 @@ def test_requests_one_by_one() -> None:
     for i, prompt in enumerate(given):
         assert llm.add_request(prompt, params, request_id=str(i)) == str(i)
     llm.cancel("7")  # it waits
-    for _ in range(3):
-        llm.step()
+    done = {chunk.request_id: chunk.result for _ in range(3) for chunk in llm.step() if chunk.finish_reason is not None}
     llm.cancel("0")  # it runs
     llm.cancel("6")  # its prompt is half computed, or it waits
     llm.cancel("6")
-    found: dict[str, list[int]] = {}
     while not llm.is_idle:
         for chunk in llm.step():
-            found.setdefault(chunk.request_id, []).extend(chunk.result.token_ids[-1:] and chunk.token_ids)
+            assert chunk.request_id not in done
             if chunk.finish_reason is not None:
-                found[chunk.request_id] = chunk.result.token_ids
-    assert {i: found[str(i)] for i in range(1, 6)} == {i: expected("llama")[i] for i in range(1, 6)}
+                done[chunk.request_id] = chunk.result
+    assert {i: done[str(i)].token_ids for i in range(1, 6)} == {i: expected("llama")[i] for i in range(1, 6)}
+    assert {i for i in done if done[i].finish_reason == "cancelled"} == {"0", "6", "7"}
     llm.engine.pool.check([])
 
 
@@ -351,3 +350,25 @@ def test_a_compiled_module_generates() -> None:
     given = prompts(vocabulary("qwen2"))[:2]
     found = llm.generate(given, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
     assert [result.token_ids for result in found] == expected("qwen2")[:2]
+
+
+def test_a_file_alone_has_no_more_positions_than_are_embedded(tmp_path: Path) -> None:
+    """Of a file without a config; a length that is asked for is refused."""
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(zoo.exported("gpt2", "dynamo").read_bytes())
+    llm = LLM(alone, device="cpu", verify=False)
+    assert llm.max_length == architectures.MAX_POSITIONS
+    given = prompts(vocabulary("gpt2"))[:2]
+    found = llm.generate(given, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+    assert [result.token_ids for result in found] == expected("gpt2")[:2]
+    with pytest.raises(UsageError, match="max_length is 81, the model has embeddings of 80 positions"):
+        LLM(alone, device="cpu", max_length=81, verify=False)
+
+
+def test_what_is_scored_beside_what_cannot_be() -> None:
+    llm = llama()
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        llm.score([[1, 2, 3], []])
+    while not llm.is_idle:
+        llm.step()
+    llm.engine.pool.check([])
