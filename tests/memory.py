@@ -1,6 +1,7 @@
 """What the pages of a pool hold, modelled: for each token a number that stands for it and for all tokens before it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fuser.runtime.paging import NOWHERE, Copy, Group, Pages, Pool
 
@@ -79,3 +80,33 @@ class Memory:
 def held(pages: Pages) -> list[int]:
     """The pages that a sequence holds."""
     return [page for first, own in zip(pages.first, pages.held, strict=True) for page in own[first:]]
+
+
+def spoiled(llm: Any) -> None:
+    """Makes an LLM fill every page with NaN once it is let go of or taken: before the next step, and after its copies."""
+    pool, runner = llm.engine.pool, llm.runner
+    drop, take, copy, run = pool._drop, pool._take, runner.copy, runner.run
+    waiting: set[int] = set()
+
+    def dropped(page: int) -> None:
+        drop(page)
+        if not pool.counts[page] and page not in pool._known:
+            waiting.add(page)
+
+    def taken() -> int:
+        page: int = take()
+        waiting.add(page)
+        return page
+
+    def copied(sources: Sequence[int], targets: Sequence[int]) -> None:
+        copy(sources, targets)
+        waiting.difference_update(targets)
+
+    def ran(step: Any) -> Any:
+        for cache in runner.stepper.caches.values():
+            for tensor in cache.values():
+                tensor[sorted(waiting)] = float("nan")
+        waiting.clear()
+        return run(step)
+
+    pool._drop, pool._take, runner.copy, runner.run = dropped, taken, copied, ran

@@ -15,6 +15,7 @@ import fuser
 from fuser import LLM, SamplingParams, running
 from fuser.errors import UnsupportedOperator, UsageError
 from tests import architectures, zoo
+from tests.memory import spoiled
 
 DEMO = Path(__file__).parents[1] / "models/demo"
 NEW = 12
@@ -83,6 +84,20 @@ def test_greedy_tokens_are_those_of_transformers(name: str, kind: str, tmp_path:
     assert max(llm.statistics.tokens) <= 16
     llm.engine.pool.check([])
     assert llm.is_idle
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_pages_that_are_let_go_are_not_read(name: str) -> None:
+    """They hold NaN from then on, and so do those that are taken until they are written."""
+    llm = LLM(module(name), max_tokens_in_flight=72 if name == "gemma2" else 48, **SMALL)
+    spoiled(llm)
+    given = prompts(vocabulary(name))
+    for _ in range(2):  # the second time prefixes are known
+        found = llm.generate(given, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+        assert [result.token_ids for result in found] == expected(name)
+    two = llm.generate([given[3]], SamplingParams(max_new_tokens=NEW, n=2, ignore_eos=True))
+    assert [result.token_ids for result in two] == [expected(name)[3]] * 2
+    assert llm.engine.scheduler.preemptions > 0
 
 
 @pytest.mark.parametrize(
