@@ -15,7 +15,7 @@ WIDTH = 60  # characters of a line of levels
 
 
 def generate(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, say: Callable[[str], None]) -> dict[str, Any]:
-    """Generates, and says the text of one sample as it comes, of several one after another, each once it is done.
+    """Generates, and says the text of one sample as it comes, of several once all are done.
 
     Returns:
         The results and the statistics, as JSON takes them.

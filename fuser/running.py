@@ -1,4 +1,4 @@
-"""Runs an engine's steps: by the kernels of programs over pages, or, where a graph is not token-wise, by the graph itself."""
+"""Runs an engine's steps by programs over pages: kernel by kernel, or as CUDA graphs."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,12 +10,12 @@ from fuser.codegen import cache
 from fuser.codegen.embedding import Embedding
 from fuser.codegen.program import Input
 from fuser.codegen.sampling import Top, top
+from fuser.pipeline import Progress
 from fuser.runtime.engine import Ints, Step
 from fuser.stepping import Bound, Stepper
 
 # How many tokens programs of one-token steps are made for; a step takes the next larger one.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-NOTE = Callable[[str], None]
 
 
 def bucket(count: int) -> int:
@@ -31,7 +31,7 @@ class PagedRunner:
 
     def __init__(
         self, stepper: Stepper, *, step_tokens: int, step_rows: int, sequences: int, positions: int,
-        graph_bytes: int = 1 << 30, note: NOTE = lambda text: None,
+        graph_bytes: int = 1 << 30, note: Progress = lambda stage: None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -50,9 +50,8 @@ class PagedRunner:
         self.sequences, self.graph_bytes = sequences, graph_bytes
         self.blocks = -(-positions // stepper.page)
         self.groups = max(stepper.groups.values(), default=0) + 1
-        self.last = torch.zeros(
-            sequences + 1, dtype=torch.int32, device=self.device
-        )  # and one that nothing is chosen for
+        # What was chosen last for each row, and one place more, for what nobody asks for.
+        self.last = torch.zeros(sequences + 1, dtype=torch.int32, device=self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.looks_ahead else None
         self.captured: dict[int, _Captured] = {}
         self.captured_bytes = 0

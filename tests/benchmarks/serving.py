@@ -101,7 +101,7 @@ def mixed(folder: Path) -> None:
 
 
 def peers(folder: Path, batches: list[int], context: int) -> None:
-    """transformers on the same weights: with a growing cache, and with a static one under torch.compile."""
+    """transformers on the same weights, with a static cache: eager, and under torch.compile."""
     from transformers import AutoModelForCausalLM, StaticCache
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
