@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fuser.compiling import compile
     from fuser.llm import LLM
     from fuser.loading import Model, load
+    from fuser.quantizing import quantize
     from fuser.report import Report
     from fuser.runtime.parameters import SamplingParams
 
@@ -38,6 +39,7 @@ __all__ = [
     "compile",
     "fuse",
     "load",
+    "quantize",
 ]
 
 _LAZY = {
@@ -49,6 +51,7 @@ _LAZY = {
     "Report": "fuser.report",
     "Model": "fuser.loading",
     "load": "fuser.loading",
+    "quantize": "fuser.quantizing",
 }
 
 
