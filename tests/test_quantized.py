@@ -47,14 +47,14 @@ def _rounded(part: list[float], format: Format) -> list[float]:
             [min(NF4, key=lambda level: abs(level - w / scale)) * scale for w in part] if scale else [0.0] * len(part)
         )
     if format.kind == "fp8":
-        scale = kept(top / 448)
+        scale = kept(top / 448) or 1.0
         return [float((torch.tensor(w) / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale for w in part]
     most = 127 if format.kind == "int8" else 7
     if format.symmetric:
         scale = kept(top / most)
         return [max(-most, min(most, round(w / scale))) * scale if scale else 0.0 for w in part]
     low, high = min(*part, 0.0), max(*part, 0.0)
-    scale = kept((high - low) / (2 * most + 1))
+    scale = kept((high - low) / (2 * most + 1)) or 1.0
     zero = round(-low / scale)
     return [(max(0, min(2 * most + 1, round(w / scale) + zero)) - zero) * scale for w in part]
 
