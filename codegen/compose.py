@@ -30,7 +30,6 @@ from fuser.formats import Format
 from fuser.graph import FUSER, Graph, Node, Origin, Value
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
-NORMED_TOKENS = 16  # of a step at most, where products with codes compute the norm before them
 CODES: dict[str, Any] = {"weight": "codes", "scales": "scales", "zeros": "zeros"}
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
 # What is done to each token by itself, along other axes than the tokens'.
@@ -229,14 +228,8 @@ class _Composer:
     def _of_codes(self, launch: Launch, found: Product, format: Format) -> None:
         """A product with codes: of few tokens in one launch, of many a product of torch with the weight made just before."""
         node, before = found.main, found.norm
-        is_known = before is not None and folds(before, found.weight, set())
-        # A norm's scale cannot be in codes. It is multiplied into x by every program, where that is little.
-        within = is_known and self.few and self.made.tokens <= NORMED_TOKENS and self.made.dtype == "bf16"
-        scale, shift = (_constant(before, i) if within else None for i in (1, 2))
         if before is None:
             x = self._whole(node.inputs[0], node)
-        elif within:
-            x = self._whole(before.inputs[0], before)
         else:
             x = self._norm(before, scaled=True)
             x = self._selection(x, node) if node in self.tail else x
@@ -247,20 +240,13 @@ class _Composer:
         if format.symmetric:
             del held["zeros"]
         tensors: dict[str, Argument] = {"x": x, **held}
-        kind = None
-        if within and before is not None:
-            kind = "rms" if before.op == "rms_norm" else "layer"
-            if scale is not None:
-                tensors["norm_weight"] = Weight("vector", scale)
-            if kind == "layer":
-                tensors["column_sums"] = Weight("column_sums", found.weight, scale)
-        bias = self._bias(found, Weight("linear", found.weight), shift)
+        bias = self._bias(found, Weight("linear", found.weight), None)
         if bias is not None:
             tensors["bias"] = bias
         if found.residual is not None:
             tensors["residual"] = self._whole(found.residual, node)
         if self.few:
-            self._small(found, tensors, kind, before, format)
+            self._small(found, tensors, None, None, format)
         else:
             K, N = found.weight.shape
             made = Scratch(N, K)
@@ -277,9 +263,7 @@ class _Composer:
         """A product of few tokens, all in one launch."""
         what = self._described(found, kind, before, tensors)
         if format is not None:
-            what = replace(
-                what, format=format, scale_dtype=scale_dtype(found.weight), norm_weight="norm_weight" in tensors
-            )
+            what = replace(what, format=format, scale_dtype=scale_dtype(found.weight))
         if found.write is not None and what.rotary is not None:
             tensors |= self._written(found.write, what.rotary)
         for name, node in zip("qk", found.head_norms or (), strict=False):

@@ -176,7 +176,7 @@ def quantized_of(weight: Constant) -> Format | None:
     parts = quantized_parts(weight)
     formats = {part.format for part in parts}
     format = next(iter(formats)) if len(formats) == 1 else None
-    if format is None or format.activations or format.kind not in ("int4", "int8"):
+    if format is None or format.activations or format.kind not in ("int4", "int8", "nf4"):
         return None
     return format if len({part.scales.dtype for part in parts}) == 1 else None
 

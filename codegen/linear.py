@@ -42,8 +42,8 @@ class Linear:
 
     With `format`, W is codes in the order of codegen/quantized.py, int32, with `scales` [groups, N] of `scale_dtype` and,
     unless it is symmetric, `zeros` of `dtype`, -zero as the kernel adds it: rows of W in the order of the kernel's columns,
-    those of gate (of the first of each pair that turns) before those of up (the second). Codes stay as they are, so a
-    norm's own scale is a tensor, with `norm_weight`.
+    those of gate (of the first of each pair that turns) before those of up (the second). A norm is not part of it: its
+    scale cannot be in codes, and multiplied into x by every program it costs more than a launch of its own.
     """
 
     N: int
@@ -61,7 +61,6 @@ class Linear:
     head_norm_eps: float | None = None
     format: Format | None = None
     scale_dtype: str = "fp16"
-    norm_weight: bool = False
 
     @property
     def width(self) -> int:
@@ -81,7 +80,7 @@ class Linear:
         names = ["x", "weight"]
         if self.format is not None:
             names += ["scales"] + ["zeros"] * (not self.format.symmetric)
-        names += ["norm_weight"] * self.norm_weight + ["column_sums"] * (self.norm == "layer")
+        names += ["column_sums"] * (self.norm == "layer")
         names += ["bias"] * self.bias + ["residual"] * self.residual
         if self.rotary is not None:
             names += ["q_norm_weight", "k_norm_weight"] * (self.head_norm_eps is not None)
@@ -115,8 +114,8 @@ def checked(what: Linear, tiling: Tiling) -> None:
         raise UsageError(f"codegen: gate and up side by side have an even width, not {what.N}")
     if what.rotary is not None:
         _check_rotary(what, what.rotary, tiling)
-    if what.norm_weight and (what.format is None or what.norm is None):
-        raise UsageError("codegen: a norm's scale is a tensor only where the weight is codes; else it is in the weight")
+    if what.norm is not None and what.format is not None:
+        raise UsageError("codegen: a norm before a product with codes is a launch of its own")
     if tiling.splits < 1 or (tiling.splits - 1) * tiling.BLOCK_K * _steps(what, tiling) >= what.K:
         raise UsageError(f"codegen: K = {what.K} has no {tiling.splits} parts of whole steps of {tiling.BLOCK_K}")
 

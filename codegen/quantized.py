@@ -6,15 +6,17 @@ rows (r, r + 8) of 16 words. Of a row's word 4 t + j the two halves hold the col
 cores, so that nothing is moved between threads.
 
 A half, its other codes masked out, is a subnormal number of the element type, code * 2^-133 (float16: 2^-24); one fused
-multiply-add makes (code - zero) * 2^-6 (2^-9) of it, without rounding.
+multiply-add makes (code - zero) * 2^-6 (2^-9) of it, without rounding. Codes of NF4 that are neighbours in a word are
+neighbours in K, and are looked up.
 """
 
+import struct
 from dataclasses import dataclass
 
 from fuser.codegen.kernel import Emitter, Kernel
 from fuser.codegen.linear import Composition, Linear, Tiling, checked, rows_of
 from fuser.errors import UsageError
-from fuser.formats import Format
+from fuser.formats import NF4, Format
 
 UNIT = 16  # rows of W that a product of tensor cores takes together
 # What a number of two bytes that is all mantissa is multiplied by: an exponent, and what remains of it.
@@ -34,6 +36,11 @@ def parts(format: Format) -> int:
 
 def values(e: Emitter, format: Format, dtype: str) -> None:
     """Gives the kernel the device function `values`."""
+    if parts(format) > 1:
+        e.part(HALVED)
+    if format.kind == "nf4":
+        _levels(e, dtype)
+        return
     shift, remains = EXPONENTS[dtype]
     name = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[dtype]
     zero = "zero[:, None]" if not format.symmetric else repr(-float(format.middle) * 2.0**remains)
@@ -78,9 +85,9 @@ def values(words, lowest{given}):
     return all.permute(1, 0, 2, 4, 6, 3, 5).reshape(ROWS, 16 * J)
 '''
         )
-    if parts(format) > 1:
-        e.part(
-            '''
+
+
+HALVED = '''
 @triton.jit
 def halved(words):
     """Words [rows, 4 J] of the first and of the second half of the columns."""
@@ -89,7 +96,88 @@ def halved(words):
     first, second = tl.split(words.reshape(ROWS, 4, 2, J // 2).permute(0, 1, 3, 2))
     return first.reshape(ROWS, 2 * J), second.reshape(ROWS, 2 * J)
 '''
+
+
+def _levels(e: Emitter, dtype: str) -> None:
+    """Gives the kernel `values` of NF4: a look-up in registers, of four codes and one byte of their levels at a time."""
+    name = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[dtype]
+    bits = [_bits(level, dtype) for level in NF4]
+    tables = [
+        f"0x{int.from_bytes(bytes((bits[start + i] >> shift) & 255 for i in range(4)), 'little'):08x}"
+        for shift in (0, 8)
+        for start in (0, 4, 8, 12)
+    ]
+    low, high = tables[:4], tables[4:]
+    half = [
+        line
+        for target, (a, b, c, d) in (("lo", low), ("hi", high))
+        for line in (
+            f"mov.b32 a, {a}; mov.b32 b, {b}; prmt.b32 a, a, b, s;",
+            f"mov.b32 b, {c}; mov.b32 c, {d}; prmt.b32 b, b, c, s;",
+            f"prmt.b32 {target}, a, b, t;",
         )
+    ]
+    asm = [
+        "{ .reg .b32 s, t, a, b, c, lo, hi;",
+        "and.b32 s, $4, 0x77777777;  // places in tables of eight",
+        "shr.u32 t, $4, 1; lop3.b32 t, t, 0x44444444, 0x32103210, 0xea;  // which of two tables",
+        *half,
+        "prmt.b32 $0, lo, hi, 0x5140; prmt.b32 $1, lo, hi, 0x7362;",
+        "shr.u32 s, s, 16; shr.u32 t, t, 16;",
+        *half,
+        "prmt.b32 $2, lo, hi, 0x5140; prmt.b32 $3, lo, hi, 0x7362; }",
+    ]
+    e.constant(NATIVE=False)
+    e.part(f'LOOK_UP = tl.constexpr("""\n{chr(10).join(asm)}\n""")')
+    plain = "\n".join(f"    found = tl.where(code == {i}, {value}, found)" for i, value in enumerate(bits) if value)
+    e.part(
+        f'''
+@triton.jit
+def level(words, PLACE: tl.constexpr):
+    """The bits of the levels of one code of each word."""
+    code = (words >> (4 * PLACE)) & 15
+    found = tl.zeros(words.shape, tl.int32)
+{plain}
+    return found
+'''
+    )
+    e.part(
+        f'''
+@triton.jit
+def pair(v):
+    """Both halves of words as numbers."""
+    low = (v & 0xFFFF).to(tl.int16).to({name}, bitcast=True)
+    return tl.join(low, (v >> 16).to(tl.int16).to({name}, bitcast=True))
+'''
+    )
+    e.part(
+        '''
+@triton.jit
+def values(words, NATIVE: tl.constexpr):
+    """Words [rows, 4 J] as levels [rows, 32 J], rows and columns in their order."""
+    ROWS: tl.constexpr = words.shape[0]
+    J: tl.constexpr = words.shape[1] // 4
+    if NATIVE:
+        a, b, c, d = tl.inline_asm_elementwise(
+            LOOK_UP, "=r,=r,=r,=r,r", [words], (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        a = level(words, 0) | level(words, 1) << 16
+        b = level(words, 2) | level(words, 3) << 16
+        c = level(words, 4) | level(words, 5) << 16
+        d = level(words, 6) | level(words, 7) << 16
+    all = tl.join(tl.join(pair(a), pair(c)), tl.join(pair(b), pair(d))).reshape(2, ROWS // 16, 8, 4, J, 2, 2, 2)
+    return all.permute(1, 0, 2, 4, 6, 7, 3, 5).reshape(ROWS, 32 * J)
+'''
+    )
+
+
+def _bits(number: float, dtype: str) -> int:
+    """The bits of a number in an element type, rounded to the nearest."""
+    if dtype == "fp16":
+        return int.from_bytes(struct.pack("<e", number), "little")
+    wide = int.from_bytes(struct.pack("<f", number), "little")
+    return (wide + 0x7FFF + (wide >> 16 & 1)) >> 16
 
 
 class _Codes:
@@ -106,7 +194,8 @@ class _Codes:
         self.group = what.format.grouped(what.K) if what.format.group and what.format.group < what.K else None
         self.per = self.group // self.C if self.group and self.group > self.C else 1
         remains = EXPONENTS[what.dtype][1]
-        self.factor = 2.0**-remains
+        self.factor = 2.0**-remains if what.format.kind != "nf4" else 1.0
+        self.looks_up = what.format.kind == "nf4"
 
     def declare(self) -> None:
         e = self.e
@@ -178,7 +267,16 @@ class _Codes:
 
     def value(self, words: str, side: str, suffix: str) -> str:
         zero = f", {side}_zero{suffix}" if not self.format.symmetric else ""
-        return f"values({words}, lowest{zero})"
+        return f"values({words}, NATIVE)" if self.looks_up else f"values({words}, lowest{zero})"
+
+    def declare_last(self) -> None:
+        """A run-time number: were it known, the compiler would take halves of words apart."""
+        if not self.looks_up:
+            self.e.integer("lowest")
+
+    def arguments(self, tensor: str) -> list[str]:
+        """What a launch passes besides."""
+        return [f"NATIVE={tensor}.is_cuda"] if self.looks_up else [hex(HALVES[self.format.bits])]
 
 
 def quantized_linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
@@ -230,18 +328,16 @@ class _Quantized(Composition):
     def _emitter(self) -> Emitter:
         e = super()._emitter()
         self.codes = _Codes(e, self.what, self.sides, self.columns, self.tiling.BLOCK_N)
-        e.integer("lowest")
+        self.codes.declare_last()
         e.constants.pop("PART", None)
         self.codes.declare()
-        if self.what.norm_weight:
-            e.details = (*e.details, "x is multiplied by the norm's weight on its way.")
         return e
 
     def _row_pointers(self) -> None:
         self.codes.places()
 
     @property
-    def _statistics_rows(self) -> int:
+    def _width(self) -> int:
         return self.codes.C // self.codes.parts
 
     def _main_loop(self) -> None:
@@ -249,9 +345,7 @@ class _Quantized(Composition):
         e.add("# Main loop: codes stream by, x stays in the cache.")
         for side in self.sides:
             e.add(f"{side} = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)")
-        for name in self.statistics:
-            e.add(f"{name} = tl.zeros([{self._statistics_rows}, BLOCK_M], tl.float32)")
-        e.add(f"columns = tl.arange(0, {self._statistics_rows})")
+        e.add(f"columns = tl.arange(0, {self._width})")
         begin = f"tl.program_id(1) * {self.held}" if self.tiling.splits > 1 else "0"
         if self.tiling.num_stages == 1:
             self._unrolled_codes(begin)
@@ -262,8 +356,6 @@ class _Quantized(Composition):
             codes.load_channel_scales()
             for side in self.sides:
                 e.add(f"{side} *= ({side}_scale.to(tl.float32) * {codes.factor!r})[:, None]")
-        for name in self.statistics:
-            e.add(f"{name} = tl.sum({name}, 0)")
 
     def _unrolled_codes(self, begin: str) -> None:
         """All loads of a part before anything is waited for."""
@@ -272,7 +364,9 @@ class _Quantized(Composition):
         uneven = self.held * self.tiling.splits != codes.steps
         for j in range(self.held):
             for side in self.sides:
-                codes.load(side, f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})", f"{side}_tile_{j}")
+                codes.load(
+                    side, f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})", f"{side}_tile_{j}"
+                )
         for j in range(self.held):
             place = f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})"
             for part in range(codes.parts):
@@ -320,9 +414,9 @@ class _Quantized(Composition):
                         e.add(f"{side}_zero{suffix} = {side}_zero{suffix}_next")
 
     def _load_part(self, step: str, part: int, suffix: str, *, checked: bool) -> None:
-        """x of one part of a step, [columns, BLOCK_M], times the norm's weight; and its statistics."""
+        """x of one part of a step, [columns, BLOCK_M]."""
         e, codes = self.emitter, self.codes
-        width = self._statistics_rows
+        width = self._width
         start = f"{step} * {codes.C}" + (f" + {part * width}" if part else "")
         e.add(f"k = {start} + columns")
         inside = " & (k < K)[:, None]" if checked else ""
@@ -330,15 +424,6 @@ class _Quantized(Composition):
             f"x{suffix} = tl.load(x + m[None, :] * K + k[:, None], mask=m_inside[None, :]{inside}, other=0.0, "
             'eviction_policy="evict_last")'
         )
-        if not self.statistics:
-            return
-        e.add(f"wide = x{suffix}.to(tl.float32)")
-        for name in self.statistics:
-            e.add(f"{name} += {'wide * wide' if name == 'squares' else 'wide'}")
-        if self.what.norm_weight:
-            masked = ", mask=k < K, other=0.0" if checked else ""
-            e.add(f"norm_scale = tl.load(norm_weight + k{masked}).to(tl.float32)")
-            e.add(f"x{suffix} = (wide * norm_scale[:, None]).to(x.dtype.element_ty)")
 
     def _multiply_codes(self, side: str, words: str, suffix: str) -> None:
         e, codes = self.emitter, self.codes
@@ -350,7 +435,7 @@ class _Quantized(Composition):
             e.add(f"{side} += tl.dot({made}, x{suffix}) * {scale}")
 
     def _more_arguments(self) -> list[str]:
-        return [hex(HALVES[self.codes.format.bits])]
+        return self.codes.arguments("x")
 
 
 def order_of(what: Linear) -> tuple[object, ...]:
@@ -408,7 +493,7 @@ def dequantize(what: Dequantize) -> Kernel:
     if not of.format.symmetric:
         e.pointer("zeros", of.dtype)
     e.pointer("y", of.dtype)
-    e.integer("lowest")
+    codes.declare_last()
     e.constant(N=share, K=of.K, BLOCK_N=64)
     if of.rotary is not None:
         e.constant(D=of.rotary.head_dim, R=of.rotary.rotary_dim // 2)
@@ -438,6 +523,6 @@ def dequantize(what: Dequantize) -> Kernel:
     e.host += [
         f"def launch({', '.join(tensors)}, pdl=False):",
         '    """Fills y."""',
-        f"    {e.launched(f'({-(-share // 64)!r}, {codes.steps!r})', *tensors, hex(HALVES[of.format.bits]))}",
+        f"    {e.launched(f'({-(-share // 64)!r}, {codes.steps!r})', *tensors, *codes.arguments('y'))}",
     ]
     return e.kernel()

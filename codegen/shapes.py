@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fuser.codegen.linear import Linear
 from fuser.codegen.rotary import Rotary
+from fuser.formats import Format
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,17 @@ class Shape:
     G: int
     Dh: int = 128
 
-    def linears(self, tokens: int, dtype: str = "bf16") -> Iterator[tuple[str, Linear]]:
+    def linears(self, tokens: int, dtype: str = "bf16", format: Format | None = None) -> Iterator[tuple[str, Linear]]:
         """The products of a decode step, as they are launched."""
         rotary = Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype)
         width = (self.H + 2 * self.G) * self.Dh
-        yield "norm+qkv+rotary", Linear(width, self.D, tokens, dtype, norm="rms", norm_eps=1e-5, rotary=rotary)
-        yield "o+residual", Linear(self.D, self.H * self.Dh, tokens, dtype, residual=True)
-        gate_up = Linear(2 * self.F, self.D, tokens, dtype, norm="rms", norm_eps=1e-5, activation="silu")
-        yield "norm+gate_up+silu", gate_up
-        yield "down+residual", Linear(self.D, self.F, tokens, dtype, residual=True)
+        norm: dict[str, Any] = {} if format is not None else {"norm": "rms", "norm_eps": 1e-5}
+        before = "norm+" if norm else ""
+        yield f"{before}qkv+rotary", Linear(width, self.D, tokens, dtype, rotary=rotary, format=format, **norm)
+        yield "o+residual", Linear(self.D, self.H * self.Dh, tokens, dtype, residual=True, format=format)
+        gate_up = Linear(2 * self.F, self.D, tokens, dtype, activation="silu", format=format, **norm)
+        yield f"{before}gate_up+silu", gate_up
+        yield "down+residual", Linear(self.D, self.F, tokens, dtype, residual=True, format=format)
 
     def vocabulary(self, tokens: int, dtype: str = "bf16") -> Linear:
         """The last product."""

@@ -16,7 +16,10 @@ from fuser.codegen.elementwise import Column, Elementwise
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.linear import Linear
 from fuser.codegen.matmul import Matmul
+from fuser.codegen.quantized import sides_of
 from fuser.codegen.rotary import Rotary
+from fuser.quantized import Codes
+from fuser.runtime.packing import packed
 
 SETS_BYTES = 300 << 20  # that inputs rotate through: several times any cache
 MOST_SETS = 40
@@ -142,9 +145,19 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
     if what.rotary is not None:
         shared |= _rotary_tensors(what.rotary, M, drawn)
         shared |= {f"{name}_norm_weight": drawn(what.rotary.head_dim) for name in "qk"}
-    moved = drawn.size * (what.N * what.K + M * (what.K + what.width * (1 + what.residual)))
+    moved = drawn.size * M * (what.K + what.width * (1 + what.residual))
     made, weights = [], []
-    for _ in range(sets or _count(what.N * what.K * drawn.size)):
+    if what.format is not None:
+        given, whole_weight = _codes(what)
+        size = sum(x.numel() * x.element_size() for x in given.values())
+        made = [
+            [(shared | {name: x.clone() for name, x in given.items()})[name] for name in what.tensors]
+            for _ in range(sets or _count(size))
+        ]
+        weights, moved = [whole_weight] * len(made), moved + size
+    else:
+        moved += drawn.size * what.N * what.K
+    for _ in range(0 if made else sets or _count(what.N * what.K * drawn.size)):
         weights.append(drawn(what.N, what.K, scale=what.K**-0.5))
         own = {"weight": weights[-1].T.contiguous() if what.by_input else weights[-1]}
         if what.norm == "layer":
@@ -181,6 +194,18 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
     }
     results = [shared["y"]] + (_written(shared, M) if what.rotary is not None else [])
     return Trial(what, moved, 2 * M * what.N * what.K, made, results, expected, peers)
+
+
+def _codes(what: Linear) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a weight of codes, and the weight they stand for."""
+    assert what.format is not None
+    codes = Codes.of(torch.randn(what.N, what.K, device="cuda") * what.K**-0.5, what.format)
+    sides = torch.tensor(sides_of(what), device="cuda")
+    words, scales, zeros = packed(codes, sides, DTYPES[what.dtype])
+    made = {"weight": words, "scales": scales}
+    if zeros is not None:
+        made["zeros"] = zeros
+    return made, codes.weight
 
 
 def _written(given: Mapping[str, Tensor], tokens: int) -> list[Tensor]:

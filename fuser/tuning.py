@@ -16,6 +16,7 @@ from fuser.codegen.rotary import Rotary
 from fuser.codegen.shapes import SHAPES, Shape
 from fuser.codegen.tuning import Choice, Problem, Table, record, table_of
 from fuser.errors import FuserError, UsageError
+from fuser.formats import Format
 
 WRONG = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 1e-5}  # relative errors at which a configuration is not counted
 SEQUENCES = ((1, 512), (1, 4096), (1, 32768), (16, 1024), (64, 512), (64, 4096))
@@ -43,8 +44,10 @@ class Search:
         return "\n".join([told, *(f"not counted: {reason}" for reason in self.wrong)])
 
 
-def standard(tokens: Sequence[int], dtype: str, shapes: Sequence[str]) -> list[Problem]:
-    """The launches of well-known models.
+def standard(
+    tokens: Sequence[int], dtype: str, shapes: Sequence[str], formats: Sequence[Format | None] = (None,)
+) -> list[Problem]:
+    """The launches of well-known models, their weights in each of the formats.
 
     Raises:
         UsageError: there is no such model.
@@ -55,7 +58,8 @@ def standard(tokens: Sequence[int], dtype: str, shapes: Sequence[str]) -> list[P
             raise UsageError(f"there is no shape '{name}'; shapes are {', '.join(SHAPES)}")
         shape = SHAPES[name]
         for count in tokens:
-            found += [Problem(what) for _, what in shape.linears(count, dtype)]
+            for format in formats:
+                found += [Problem(what) for _, what in shape.linears(count, dtype, format)]
             found.append(Problem(shape.vocabulary(count, dtype)))
         found += attentions(shape, dtype)
     return _distinct(found)

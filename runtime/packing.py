@@ -16,11 +16,12 @@ def words(codes: Tensor, format: Format) -> Tensor:
     N, K = codes.shape
     missing = (0, -K % C, 0, -N % UNIT)
     if any(missing):
-        codes = torch.nn.functional.pad(codes, missing, value=format.middle)
+        codes = torch.nn.functional.pad(codes, missing, value=7 if format.kind == "nf4" else format.middle)
     J, P = 4, 16 // format.bits  # words of a thread's row, codes of a half
     shape = (codes.shape[0] // UNIT, 2, 8, codes.shape[1] // C, J, P, 4, 2)
     held = codes.to(torch.int32).view(shape).permute(0, 3, 1, 2, 6, 4, 7, 5)  # unit step r g t j half place
-    shifts = torch.arange(P, device=codes.device) * format.bits + torch.tensor([[0], [16]], device=codes.device)
+    within, apart = (format.bits, 16) if format.kind != "nf4" else (2 * format.bits, format.bits)
+    shifts = torch.arange(P, device=codes.device) * within + torch.tensor([[0], [apart]], device=codes.device)
     made = (held << shifts.to(torch.int32)).sum((-1, -2), dtype=torch.int32)
     return made.flatten(-2).contiguous()
 

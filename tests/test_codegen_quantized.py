@@ -18,13 +18,12 @@ from fuser.runtime.packing import packed
 from tests.test_codegen_kernels import DTYPES, close, drawn, launch, unwritten
 from tests.test_codegen_kernels import _cache_folder as _cache_folder
 
-FORMATS = ("int4", "int4:64", "int4:32:asymmetric", "int4:channel", "int8", "int8:32", "int8:channel:asymmetric")
+FORMATS = ("int4", "int4:64", "int4:32:asymmetric", "int4:channel", "int8", "int8:32", "int8:channel:asymmetric", "nf4")
 PARTS: list[dict[str, Any]] = [
     {},
     {"bias": True, "residual": True},
-    {"norm": "rms", "norm_weight": True, "activation": "silu"},
-    {"norm": "rms", "norm_weight": True},
-    {"norm": "layer", "norm_weight": True, "bias": True, "activation": "gelu", "gated": False},
+    {"activation": "silu"},
+    {"bias": True, "activation": "gelu", "gated": False},
 ]
 
 
@@ -35,26 +34,21 @@ def tensors_of(what: Linear, M: int) -> dict[str, Any]:
     W[: what.N // 3, : what.K // 2] = 0  # groups of zeros
     codes = Codes.of(W, what.format)
     words, scales, zeros = packed(codes, torch.tensor(quantized.sides_of(what), device=DEVICE), DTYPES[what.dtype])
-    scale = drawn(what.K, dtype=what.dtype) + 1.0
-    folded = codes.weight * scale.float() if what.norm_weight else codes.weight.contiguous()
     return {
         "x": drawn(M, what.K, dtype=what.dtype, scale=3.0) + 1.0,
         "weight": words,
         "scales": scales,
         "zeros": zeros,
-        "norm_weight": scale,
-        "column_sums": folded.sum(1),
         "bias": drawn(what.N, dtype=what.dtype),
         "residual": drawn(M, what.width, dtype=what.dtype),
-        "whole": folded,
-        "plain": codes.weight,
+        "whole": codes.weight.contiguous(),
     }
 
 
 def plainly(what: Linear, tensors: dict[str, Any], *outputs: str) -> list[Tensor]:
     """The same by the kernel without codes, in float32."""
     turning = None if what.rotary is None else replace(what.rotary, dtype="fp32")
-    plain = replace(what, dtype="fp32", format=None, norm_weight=False, rotary=turning)
+    plain = replace(what, dtype="fp32", format=None, rotary=turning)
     given = {
         name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()
     } | {"weight": tensors["whole"]}
@@ -75,7 +69,7 @@ def tilings(what: Linear) -> list[Tiling | None]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_products(name: str, parts: dict[str, Any], M: int, dtype: str) -> None:
     format = format_of(name)
-    what = Linear(100, 290, M, dtype, format=format, norm_eps=1e-5, **parts)
+    what = Linear(100, 290, M, dtype, format=format, **parts)
     tensors = tensors_of(what, M)
     y = unwritten(M, what.width, dtype=dtype)
     (expected,) = plainly(what, tensors | {"y": y.clone()}, "y")
@@ -90,9 +84,9 @@ def test_products(name: str, parts: dict[str, Any], M: int, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("H", "G", "D", "rotary_dim", "parts"),
     [
-        (4, 2, 32, 32, {"norm": "rms", "norm_weight": True}),
+        (4, 2, 32, 32, {}),
         (3, 1, 20, 12, {"bias": True}),
-        (2, 1, 64, 64, {"norm": "rms", "head_norm_eps": 1e-4}),
+        (2, 1, 64, 64, {"head_norm_eps": 1e-4}),
         (2, 1, 20, 0, {}),
     ],
     ids=str,
@@ -104,7 +98,7 @@ def test_projections(
     tokens, page = 3, 4
     turning = rotary.Rotary(H, G, D, rotary_dim, page, interleaved, dtype=dtype)
     what = Linear(
-        (H + 2 * G) * D, 200, tokens, dtype, rotary=turning, norm_eps=1e-5, format=format_of(name), **parts
+        (H + 2 * G) * D, 200, tokens, dtype, rotary=turning, format=format_of(name), **parts
     )  # fmt: skip
     angles = torch.randn(9, max(rotary_dim // 2, 1), device=DEVICE)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": DEVICE}
@@ -141,7 +135,7 @@ def test_what_codes_stand_for(kind: str, name: str, dtype: str) -> None:
     y = unwritten(80, 290, dtype=dtype)
     held = [tensors[name] for name in ("weight", "scales", "zeros") if tensors[name] is not None]
     launch(quantized.dequantize(quantized.Dequantize(what)), *held, y)
-    close(y, tensors["plain"].double(), dtype)
+    close(y, tensors["whole"].double(), dtype)
     assert (y[:20, :140] == 0).all()
 
 
@@ -153,7 +147,7 @@ def test_what_there_is_no_kernel_for() -> None:
         (what, Tiling(64, 64)),
         (what, Tiling(24, 128)),
         (replace(what, K=2560), Tiling(64, 128, 1, 4, 1)),
-        (replace(what, norm_weight=True), None),
+        (replace(what, norm="rms"), None),
     ):
         with pytest.raises(UsageError):
             quantized.quantized_linear(wrong, tiling)

@@ -234,8 +234,9 @@ def test_a_step_has_a_token_or_more() -> None:
 @pytest.mark.parametrize("name", ["int4", "int8:32", "int4:64:asymmetric"])
 def test_quantized_weights_are_read_as_codes(name: str) -> None:
     """Prompts by products with the weights that codes stand for, steps by kernels that read codes."""
-    graph = quantize(importer.load(DEMO), name)
+    graph = importer.load(DEMO)
     canonicalize(graph)
+    graph = quantize(graph, name)
     rewrite(graph, patterns.ALL)
     check(graph, [PREFILL, *DECODE], tolerance=3e-2, dtype="bf16")
     kernels = compose(graph, dtype="bf16", tokens=3, page=PAGE).steps
