@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from fuser.errors import UsageError
 
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # Triton's names of the element types that kernels take, with their bytes
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1}  # names of element types, with their bytes
+FLOATS = ("bf16", "fp16", "fp32")  # Triton's names of those that kernels compute in
 WIDTH = 120  # of a line of text
 LONGEST_ROW = 65536  # what one program can hold: the widest row of a norm
 
@@ -145,8 +146,8 @@ def element(dtype: str) -> str:
     Raises:
         UsageError: they do not.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"codegen: kernels take elements of {', '.join(DTYPES)}, not {dtype}")
+    if dtype not in FLOATS:
+        raise UsageError(f"codegen: kernels take elements of {', '.join(FLOATS)}, not {dtype}")
     return dtype
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 
 from fuser.codegen.kernel import Emitter, Kernel, activated, element, power_of_two
 from fuser.codegen.rotary import Rotary, rotary_epilogue
+from fuser.codegen.rounding import TYPES
 from fuser.errors import UsageError
-from fuser.formats import Format
+from fuser.formats import KNOWN, Format
 
 MOST_TOKENS = 64
 
@@ -44,6 +45,9 @@ class Linear:
     unless it is symmetric, `zeros` of `dtype`, -zero as the kernel adds it: rows of W in the order of the kernel's columns,
     those of gate (of the first of each pair that turns) before those of up (the second). A norm is not part of it: its
     scale cannot be in codes, and multiplied into x by every program it costs more than a launch of its own.
+
+    With a format of quantized inputs W [N, K] and x are int8 or E4M3 numbers, with `scales` [N] and `x_scales` [tokens],
+    float32, which the epilogue applies.
     """
 
     N: int
@@ -75,9 +79,14 @@ class Linear:
         return self.activation is not None and self.gated
 
     @property
+    def rounds(self) -> bool:
+        """Whether x and W are of eight bits."""
+        return self.format is not None and self.format.activations is not None
+
+    @property
     def tensors(self) -> list[str]:
         """The kernel's tensors, in the order of `launch`."""
-        names = ["x", "weight"]
+        names = ["x", *["x_scales"] * self.rounds, "weight"]
         if self.format is not None:
             names += ["scales"] + ["zeros"] * (not self.format.symmetric)
         names += ["column_sums"] * (self.norm == "layer")
@@ -97,8 +106,10 @@ def linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
     Raises:
         UsageError: sizes, a dtype, an activation or a tiling that the family does not have.
     """
-    if what.format is not None:
+    if what.format is not None and not what.rounds:
         raise UsageError("codegen: a product with codes is no plain linear")
+    if what.rounds and (what.by_input or what.format not in (KNOWN["w8a8"], KNOWN["fp8"])):
+        raise UsageError("codegen: a product of eight bits has W [N, K], with a scale for each row")
     tiling = tiling or default_tiling(what)
     checked(what, tiling)
     return Composition(what, tiling).kernel()
@@ -142,13 +153,15 @@ def default_tiling(what: Linear) -> Tiling:
     """A tiling that is good without a search: whole rows of W by wide loads, K in parts where there are few rows."""
     pairs = what.pairs or what.rotary is not None  # two rows of W for each of a program's columns
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
-    if what.tokens == 1 and (what.by_input or whole_head):
+    if what.tokens == 1 and (what.by_input or whole_head) and not what.rounds:
         BLOCK_N, BLOCK_K = whole_head or 64, min(power_of_two(what.K), 64)
         return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K, 400), num_warps=4, num_stages=1)
-    if what.tokens == 1:
+    if what.tokens == 1 and not what.rounds:
         BLOCK_K = min(power_of_two(what.K), 2048 if pairs else 4096)
         return Tiling(1, BLOCK_K, num_warps=max(BLOCK_K // 512, 1), num_stages=1)
-    if what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
+    if what.rounds:
+        BLOCK_N, BLOCK_K, stages = whole_head or 64, 256 if what.tokens <= 32 else 128, 4
+    elif what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
         BLOCK_N, BLOCK_K, stages = whole_head or 16, 32, 4
     else:
         BLOCK_N, BLOCK_K, stages = whole_head or 64, *((128, 4) if what.tokens <= 32 else (64, 6))
@@ -238,8 +251,11 @@ class Composition:
         for tensor in what.tensors:
             if what.rotary and tensor in ("cos", "sin"):
                 e.pointer(tensor, element(what.rotary.table_dtype))
-            elif tensor == "column_sums":
+            elif tensor in ("column_sums", "x_scales") or (tensor == "scales" and what.rounds):
                 e.pointer(tensor, "fp32")
+            elif what.rounds and tensor in ("x", "weight"):
+                assert what.format is not None
+                e.pointer(tensor, TYPES[what.format.kind])
             elif tensor == "scales":
                 e.pointer(tensor, element(what.scale_dtype))
             elif tensor == "weight" and what.format is not None:
@@ -310,12 +326,13 @@ class Composition:
             self.emitter.add(f"k_inside = k < {bound}")
 
     def _main_loop(self) -> None:
-        e = self.emitter
+        e, what = self.emitter, self.what
         shape = "[BLOCK_N, BLOCK_M]" if self.dot else "[BLOCK_N, BLOCK_K]"
         statistics = "[BLOCK_K, BLOCK_M]" if self.dot else "[1, BLOCK_K]"
         e.add("# Main loop: W streams by, x stays in the cache.")
+        kind = "tl.int32" if what.rounds and what.format is not None and what.format.kind == "int8" else "tl.float32"
         for side in self.sides:
-            e.add(f"{side} = tl.zeros({shape}, tl.float32)")
+            e.add(f"{side} = tl.zeros({shape}, {kind})")
         for name in self.statistics:
             e.add(f"{name} = tl.zeros({statistics}, tl.float32)")
         if self.unrolled:
@@ -335,6 +352,9 @@ class Composition:
         if not self.dot:
             for side in self.sides:
                 e.add(f"{side} = tl.sum({side}, 1)")
+        if kind == "tl.int32":
+            for side in self.sides:
+                e.add(f"{side} = {side}.to(tl.float32)")
         for name in self.statistics:
             e.add(f"{name} = tl.sum({name}, {0 if self.dot else 1})")
 
@@ -368,6 +388,8 @@ class Composition:
         for side in self.sides:
             if self.dot:
                 exact = ', input_precision="ieee"' if self.what.dtype == "fp32" else ""
+                if self.what.rounds and self.what.format is not None and self.what.format.kind == "int8":
+                    exact = ", out_dtype=tl.int32"
                 e.add(f"{side} = tl.dot({side}_tile, tokens_tile, {side}{exact})")
             else:
                 e.add(f"{side} += {side}_tile{step}.to(tl.float32) * wide")
@@ -431,6 +453,10 @@ class Composition:
         n_mask = "n_inside" if self.ragged_n else ""
         masked = f", mask={n_mask}, other=0.0" if n_mask else ""
         e.add("# Epilogue.")
+        if what.rounds:
+            e.add("x_scale = tl.load(x_scales + m, mask=m_inside, other=0.0)[None, :]")
+            for side, row in zip(self.sides, self._row_names, strict=True):
+                e.add(f"{side} *= tl.load(scales + {row}{masked})[:, None] * x_scale")
         if what.bias:
             for side, row in zip(self.sides, self._row_names, strict=True):
                 e.add(f"{side} += tl.load(bias + {row}{masked}).to(tl.float32){column}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fuser.codegen.kernel import Emitter, Kernel, activated, element
+from fuser.codegen.rounding import TYPES
 from fuser.errors import UsageError
 
 
@@ -24,6 +25,8 @@ class Matmul:
 
     y = x W^T + bias [M, N], W [N, K], or [K, N] if `by_input`; with `activation` y = activation(y), or, if `gated`, W holds
     gate and up side by side and y = activation(gate) * up, [M, N / 2]. With `residual`, y += residual.
+
+    With a `kind`, int8 or fp8, x and W [N, K] are of it, with `x_scales` [M] and `scales` [N], float32.
     """
 
     N: int
@@ -34,6 +37,7 @@ class Matmul:
     activation: str | None = None
     gated: bool = False
     residual: bool = False
+    kind: str | None = None
 
     @property
     def width(self) -> int:
@@ -43,7 +47,16 @@ class Matmul:
     @property
     def tensors(self) -> list[str]:
         """The kernel's tensors, in the order of `launch`."""
-        return ["x", "weight", *["bias"] * self.bias, *["residual"] * self.residual, "y"]
+        scaled = self.kind is not None
+        return [
+            "x",
+            *["x_scales"] * scaled,
+            "weight",
+            *["scales"] * scaled,
+            *["bias"] * self.bias,
+            *["residual"] * self.residual,
+            "y",
+        ]
 
 
 def matmul(what: Matmul, tiles: Tiles | None = None) -> Kernel:
@@ -68,8 +81,14 @@ def matmul(what: Matmul, tiles: Tiles | None = None) -> Kernel:
         ),
         {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )
+    if what.kind is not None and (what.kind not in TYPES or what.by_input):
+        raise UsageError(f"codegen: a product of eight bits is of {', '.join(TYPES)}, with W [N, K]")
     for tensor in what.tensors:
-        e.pointer(tensor, element(what.dtype))
+        if tensor in ("x_scales", "scales"):
+            e.pointer(tensor, "fp32")
+        else:
+            eight = what.kind is not None and tensor in ("x", "weight")
+            e.pointer(tensor, TYPES[str(what.kind)] if eight else element(what.dtype))
     e.integer("M")
     e.integer("x_stride")
     e.constant(N=what.width, K=what.K, BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K)
@@ -95,6 +114,8 @@ def default_tiles(what: Matmul) -> Tiles:
     """Tiles that are good without a search."""
     if what.dtype == "fp32":  # without tensor cores, whose precision is less
         return Tiles(32, 32, 32, num_warps=4, num_stages=2)
+    if what.kind is not None:
+        return Tiles(BLOCK_N=64, BLOCK_K=128) if what.gated else Tiles(BLOCK_K=128, num_stages=4)
     return Tiles(BLOCK_N=64) if what.gated else Tiles(num_stages=4)
 
 
@@ -116,11 +137,13 @@ def _places(e: Emitter, what: Matmul, sides: tuple[str, ...]) -> None:
         place = f"{row}[None, :]" if what.by_input else f"{row}.to(tl.int64)[None, :] * K"
         e.add(f"{side}_columns = weight + {place}")
     for side in sides:
-        e.add(f"{side} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
+        e.add(f"{side} = tl.zeros([BLOCK_M, BLOCK_N], {'tl.int32' if what.kind == 'int8' else 'tl.float32'})")
 
 
 def _main_loop(e: Emitter, what: Matmul, tiles: Tiles, sides: tuple[str, ...]) -> None:
     exact = ', input_precision="ieee"' if what.dtype == "fp32" else ""
+    if what.kind is not None:
+        exact = ", out_dtype=tl.int32" if what.kind == "int8" else ""
     ragged = what.K % tiles.BLOCK_K != 0
     with e.block("for step in range(0, K, BLOCK_K):"):
         e.add("k = step + tl.arange(0, BLOCK_K)")
@@ -134,6 +157,11 @@ def _main_loop(e: Emitter, what: Matmul, tiles: Tiles, sides: tuple[str, ...]) -
 
 
 def _epilogue(e: Emitter, what: Matmul, sides: tuple[str, ...]) -> None:
+    if what.kind is not None:
+        e.add("x_scale = tl.load(x_scales + m % M)[:, None]")
+        for side in sides:
+            row = "N + inside" if side == "up" else "inside"
+            e.add(f"{side} = {side}.to(tl.float32) * x_scale * tl.load(scales + {row})[None, :]")
     if what.bias:
         for side in sides:
             e.add(f"{side} += tl.load(bias + {'N + inside' if side == 'up' else 'inside'}).to(tl.float32)[None, :]")

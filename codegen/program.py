@@ -27,10 +27,24 @@ class Weight:
     `linear`: `base` [K, N] as [N, K], its columns times `scale` [K]. `column_sums`: the sums over K of such a linear, float32.
     `bias`: `base` [N] (none: zeros), plus `shift` [K] @ `linear` [K, N]. `vector`: as it is. `table`: the rows `start`, ... of
     `base`. `cos`, `sin`: of positions `start`, ... times `base` [R] frequencies, times `factor`, float32. `codes`, `scales`,
-    `zeros`: of a quantized `base`, as the kernel of `product` reads them.
+    `zeros`: of a quantized `base`, as the kernel of `product` reads them. `eights`, `row_scales`: of a `base` of eight bits, the
+    numbers [N, K], int8 or E4M3, and their scales [N], float32.
     """
 
-    kind: Literal["linear", "column_sums", "bias", "vector", "table", "cos", "sin", "codes", "scales", "zeros"]
+    kind: Literal[
+        "linear",
+        "column_sums",
+        "bias",
+        "vector",
+        "table",
+        "cos",
+        "sin",
+        "codes",
+        "scales",
+        "zeros",
+        "eights",
+        "row_scales",
+    ]
     base: Constant | None
     scale: Constant | None = None
     shift: Constant | None = None
@@ -54,6 +68,7 @@ class Rows:
     width: int
     selected: bool = False
     place: int = -1
+    dtype: str = ""  # int8, fp8 or fp32, where it is not the program's
 
 
 @dataclass(frozen=True)
@@ -148,9 +163,11 @@ class Program:
         """Bytes of the memory that rows, and matrices made on the way, take."""
         held = [a.rows if isinstance(a, Part) else a for step in self.steps for a in step.arguments]
         sizes = {
-            r.place: (self.rows or 0 if r.selected else self.tokens) * r.width for r in held if isinstance(r, Rows)
+            r.place: (self.rows or 0 if r.selected else self.tokens) * r.width * DTYPES[r.dtype or self.dtype]
+            for r in held
+            if isinstance(r, Rows)
         }
-        return (sum(sizes.values()) + self.scratch) * DTYPES[self.dtype]
+        return sum(sizes.values()) + self.scratch * DTYPES[self.dtype]
 
     @property
     def scratch(self) -> int:
@@ -168,16 +185,16 @@ class Program:
                     last[rows] = index
         for output in self.outputs.values():
             last[output.rows if isinstance(output, Part) else output] = len(self.steps)
-        free: dict[tuple[int, bool], list[int]] = {}
+        free: dict[tuple[int, bool, str], list[int]] = {}
         places = 0
         for index, step in enumerate(self.steps):
             read = (a.rows if isinstance(a, Part) else a for a in step.arguments)
             own = list(dict.fromkeys(rows for rows in read if isinstance(rows, Rows)))
             for rows in sorted((r for r in own if r.place < 0), key=lambda r: r.width):
-                if free.get((rows.width, rows.selected)):
-                    rows.place = free[rows.width, rows.selected].pop()
+                if free.get((rows.width, rows.selected, rows.dtype)):
+                    rows.place = free[rows.width, rows.selected, rows.dtype].pop()
                 else:
                     rows.place, places = places, places + 1
             for rows in own:
                 if last[rows] == index:
-                    free.setdefault((rows.width, rows.selected), []).append(rows.place)
+                    free.setdefault((rows.width, rows.selected, rows.dtype), []).append(rows.place)

@@ -313,7 +313,7 @@ class _Quantized(Composition):
         assert what.format is not None
         if what.dtype not in EXPONENTS:
             raise UsageError(f"codegen: a product with codes computes in {', '.join(EXPONENTS)}, not {what.dtype}")
-        if columns(what.format) != tiling.BLOCK_K or tiling.BLOCK_N % UNIT or what.by_input:
+        if what.rounds or columns(what.format) != tiling.BLOCK_K or tiling.BLOCK_N % UNIT or what.by_input:
             raise UsageError(
                 f"codegen: a product with codes takes {columns(what.format)} columns a step and rows by {UNIT}, not {tiling}"
             )

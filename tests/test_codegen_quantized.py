@@ -11,9 +11,13 @@ from torch import Tensor
 
 from fuser.codegen import cache, linear, quantized, rotary
 from fuser.codegen.linear import Linear, Tiling
+from fuser.codegen.matmul import Matmul, Tiles, matmul
+from fuser.codegen.rounding import Rounding, rounding
 from fuser.errors import UsageError
 from fuser.formats import format_of
-from fuser.quantized import Codes
+from fuser.patterns.layer_norm import layer_norm
+from fuser.patterns.rms_norm import rms_norm
+from fuser.quantized import Codes, quantize_activations
 from fuser.runtime.packing import packed
 from tests.test_codegen_kernels import DTYPES, close, drawn, launch, unwritten
 from tests.test_codegen_kernels import _cache_folder as _cache_folder
@@ -154,3 +158,74 @@ def test_what_there_is_no_kernel_for() -> None:
     with pytest.raises(UsageError):
         linear.linear(what)
     assert cache.load(quantized.quantized_linear(what)).launch
+
+
+@pytest.mark.parametrize("kind", ("int8", "fp8"))
+@pytest.mark.parametrize(
+    "parts", [{}, {"norm": "rms", "weight": True}, {"norm": "layer", "weight": True, "bias": True}], ids=str
+)
+@pytest.mark.parametrize(("M", "D"), [(1, 64), (5, 300)])
+def test_rounded_rows(kind: str, parts: dict[str, Any], M: int, D: int) -> None:
+    what = Rounding(D, kind, norm_eps=1e-5, **parts)
+    x = drawn(M, 2 * D, scale=3.0)[:, :D]
+    x[0] = 0 if "norm" not in parts else x[0]
+    weight, bias = drawn(D) + 1.0, drawn(D)
+    values = torch.full((M, D), 99, dtype=torch.int8, device=DEVICE)
+    y, scales = values if kind == "int8" else values.view(torch.float8_e4m3fn), unwritten(M, dtype="fp32")
+    tensors = {"x": x, "weight": weight, "bias": bias, "y": y, "scales": scales}
+    launch(rounding(what), *(tensors[name] for name in what.tensors))
+    rows = x.double()
+    if what.norm is not None:
+        norm = rms_norm if what.norm == "rms" else layer_norm
+        rows = norm.reference(rows, weight.double(), *[bias.double()] * what.bias, eps=1e-5)
+    most = rows.abs().amax(-1)
+    expected_scales = torch.where(most > 0, most / (127 if kind == "int8" else 448), 1.0)
+    torch.testing.assert_close(scales.double(), expected_scales, rtol=1e-2 if what.norm else 1e-6, atol=0)
+    off = (y.double() * scales.double()[:, None] - rows).abs() / expected_scales[:, None]
+    finest, largest = (0.5, 127) if kind == "int8" else (16.0, 448)
+    before = largest * 2.0**-7 if what.norm else 0.0  # a norm is rounded to bfloat16
+    assert off.max() <= (finest + before) * 1.01
+
+
+@pytest.mark.parametrize("kind", ("int8", "fp8"))
+@pytest.mark.parametrize("wrong", (float("inf"), float("nan")))
+def test_a_row_that_is_not_finite_has_no_scale(kind: str, wrong: float) -> None:
+    x = drawn(2, 40)
+    x[1, 7] = wrong
+    y = torch.zeros((2, 40), dtype=torch.int8, device=DEVICE)
+    scales = unwritten(2, dtype="fp32")
+    launch(rounding(Rounding(40, kind)), x, y if kind == "int8" else y.view(torch.float8_e4m3fn), scales)
+    assert scales.isnan().tolist() == [False, True]
+
+
+def eights(kind: str, rows: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix of eight bits, its rows' scales, and what it stands for in float64."""
+    values, scales = quantize_activations(drawn(rows, K, dtype="fp32"), kind)
+    return values, scales[:, 0].contiguous(), values.double() * scales.double()
+
+
+@pytest.mark.parametrize("kind", ("w8a8", "fp8"))
+@pytest.mark.parametrize("M", (1, 5))
+@pytest.mark.parametrize("splits", (1, 2))
+@pytest.mark.parametrize("parts", [{}, {"bias": True, "residual": True}, {"activation": "silu"}], ids=str)
+def test_products_of_eight_bits(kind: str, M: int, splits: int, parts: dict[str, Any]) -> None:
+    format = format_of(kind)
+    what = Linear(96, 160, M, format=format, **parts)
+    x, x_scales, wide_x = eights(format.kind, M, 160)
+    W, scales, wide = eights(format.kind, 96, 160)
+    tensors = {"x": x, "x_scales": x_scales, "weight": W, "scales": scales, "bias": drawn(96)}
+    tensors |= {"residual": drawn(M, what.width), "y": unwritten(M, what.width)}
+    launch(linear.linear(what, Tiling(32, 64, splits)), *(tensors[name] for name in what.tensors))
+    expected = wide_x @ wide.T
+    if what.bias:
+        expected = expected + tensors["bias"].double() + tensors["residual"].double()
+    if what.activation:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    close(tensors["y"], expected, "bf16")
+    large = Matmul(
+        96, 160, bias=what.bias, activation=what.activation, gated=what.pairs, residual=what.residual, kind=format.kind
+    )  # fmt: skip
+    tensors["y"] = unwritten(M, large.width)
+    launch(matmul(large, Tiles(16, 32, 32, num_warps=4)), *(tensors[name] for name in large.tensors))
+    close(tensors["y"], expected, "bf16")
