@@ -110,15 +110,41 @@ def rotary(what: Rotary) -> Launch:
         given = dict(zip(names, tensors, strict=True))
         positions, slots = given["positions"].long(), given["slot_mapping"].long()
         q, k, v = (given[name].reshape(len(positions), -1, D) for name in "qkv")
+        if what.kv_group:
+            k = k.float()  # rounded once
         if what.rotary_dim:
             cos, sin = (given[name][positions][:, None] for name in ("cos", "sin"))
             q, k = (_turned(x, cos, sin, what) for x in (q, k))
         given["turned"].view(-1, what.heads, D).copy_(q)
         kept = slots >= 0
-        for name, rows in (("k_cache", k), ("v_cache", v)):
-            given[name].flatten(0, 1)[slots[kept]] = rows[kept].to(given[name].dtype)
+        for name, rows in (("k", k), ("v", v)):
+            made = quantized(rows[kept], what.kv_group) if what.kv_group else (rows[kept],)
+            for kind, part in zip(("cache", "scale"), made, strict=False):
+                held = given[f"{name}_{kind}"]
+                held.flatten(0, 1)[slots[kept]] = part.to(held.dtype)
 
     return launch
+
+
+def quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Rows [..., Dh] as a cache of int8 holds them: codes [..., Dh], scales [..., Dh / group] in float16.
+
+    A group's scale is its largest absolute value / 127, rounded up so that nothing clips; of one that is not finite it is NaN.
+    """
+    groups = x.float().unflatten(-1, (-1, group))
+    wanted = groups.abs().amax(-1) / 127.0
+    scales = wanted.half()
+    above = (scales.view(torch.int16) + 1).view(torch.float16)
+    scales = torch.where(scales.float() < wanted, above, scales)
+    scales = torch.where(scales.isfinite(), scales, torch.nan)
+    divisors = torch.where(scales > 0, scales.float(), 1.0)
+    codes = (groups / divisors[..., None]).nan_to_num(0.0).clamp(-127, 127).round().to(torch.int8)
+    return codes.flatten(-2), scales
+
+
+def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    """What a cache of int8 stands for, in float32."""
+    return (codes.float().unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, what: Rotary) -> Tensor:
