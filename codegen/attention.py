@@ -7,6 +7,7 @@ maximum and sum, in float32 and base 2.
 import math
 from dataclasses import dataclass
 
+from fuser.codegen.int8_pages import Int8Pages
 from fuser.codegen.kernel import Emitter, Kernel, element, power_of_two
 from fuser.errors import UsageError
 
@@ -19,7 +20,8 @@ class Attention:
 
     A query at position p sees keys at 0 .. p, with `window` the last `window` of them (itself included). `alibi` adds
     slope[h] (key position - p), after the soft-cap; with `sinks` each head has one more score, sink[h], of no value
-    (gpt-oss). Keys and values lie in pages [blocks, page, G, Dh].
+    (gpt-oss). Keys and values lie in pages [blocks, page, G, Dh]; with `kv_group` as int8, by groups of so many channels with
+    a scale each.
     """
 
     heads: int
@@ -32,6 +34,12 @@ class Attention:
     alibi: bool = False
     dtype: str = "bf16"
     sinks: bool = False
+    kv_group: int = 0
+
+    @property
+    def caches(self) -> list[str]:
+        """The tensors that hold keys and values."""
+        return ["k_cache", "v_cache", *["k_scale", "v_scale"] * bool(self.kv_group)]
 
     @property
     def group(self) -> int:
@@ -44,7 +52,7 @@ def decode(
 ) -> Kernel:
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
-    launch(q, k_cache, v_cache, block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]): q, y [B, H, Dh], of
+    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]): q, y [B, H, Dh], of
     `dtype`; block_table [B, blocks], context_lens [B] int32: keys of a sequence, its query's own included; slopes, sinks
     [H] float32. A sequence of length 0 gives 0. With parts, the kernel's workspace is what one sequence takes.
 
@@ -72,7 +80,7 @@ def prefill(
 ) -> Kernel:  # fmt: skip
     """The kernel of `what` for any number of queries a sequence.
 
-    launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y): q, y [tokens, H,
+    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y): q, y [tokens, H,
     Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its
     context_lens[b] keys; `longest`: at least the most tokens of a sequence.
 
@@ -130,9 +138,11 @@ class _Composition:
             {"num_warps": num_warps, "num_stages": num_stages},
         )
         self.emitter = e
-        for tensor in ("q", "k_cache", "v_cache"):
-            e.pointer(tensor, element(what.dtype))
-        self.tensors = ["q", "k_cache", "v_cache", "block_table", "context_lens"]
+        e.pointer("q", element(what.dtype))
+        for tensor in what.caches:
+            kind = "fp16" if tensor.endswith("scale") else "i16" if what.kv_group else what.dtype
+            e.pointer(tensor, kind)
+        self.tensors = ["q", *what.caches, "block_table", "context_lens"]
         self.tensors += ["query_starts"] * (splits is None) + ["slopes"] * what.alibi + ["sinks"] * what.sinks + ["y"]
         e.pointer("block_table", "i32")
         e.pointer("context_lens", "i32")
@@ -157,6 +167,7 @@ class _Composition:
         if what.window:
             e.constant(WINDOW=what.window)
         e.constant(WIDE=False)
+        self.pages = Int8Pages(e, what) if what.kv_group else None
         if self.parts:
             assert splits is not None
             BLOCK_D, BLOCK_R = max(power_of_two(what.head_dim), 16), power_of_two(what.group)
@@ -172,15 +183,22 @@ class _Composition:
         else:
             self._decode_rows()
         self._main_loop()
+        if self.pages is not None:
+            self.pages.end()
         if self.parts:
             self._combine()
         else:
-            self.emitter.add(
-                "# A row that sees no key gives 0.", "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]"
-            )
-            self.emitter.add("tl.store(y + rows[:, None] + d[None, :], result, mask=inside)")
+            self.emitter.add("# A row that sees no key gives 0.")
+            for end, channels in self._tiles:
+                self.emitter.add(f"result = acc{end} / tl.where(total > 0.0, total, 1.0)[:, None]")
+                self.emitter.add(f"tl.store(y + rows[:, None] + {channels}[None, :], result, mask=inside)")
         self._host()
         return self.emitter.kernel()
+
+    @property
+    def _tiles(self) -> list[tuple[str, str]]:
+        """The end of the names of each tile of sums, and its channels."""
+        return [("", "d")] if self.pages is None else self.pages.tiles
 
     def _decode_rows(self) -> None:
         e = self.emitter
@@ -245,8 +263,11 @@ class _Composition:
 
     def _main_loop(self) -> None:
         e, what = self.emitter, self.what
-        e.add("inside = row_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else ""))
-        e.add("queries_tile = tl.load(q + rows[:, None] + d[None, :], mask=inside, other=0.0)")
+        if self.pages is not None:
+            self.pages.begin()
+        else:
+            e.add("inside = row_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else ""))
+            e.add("queries_tile = tl.load(q + rows[:, None] + d[None, :], mask=inside, other=0.0)")
         if what.alibi:
             e.add(f"slope = tl.load(slopes + head, mask=row_inside, other=0.0) * {LOG2_E!r}")
         if what.sinks:
@@ -263,10 +284,9 @@ class _Composition:
                 'highest = tl.full([BLOCK_M], float("-inf"), tl.float32)',
                 "total = tl.zeros([BLOCK_M], tl.float32)",
             )
-        e.add(
-            "acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
-            "table = block_table + sequence.to(tl.int64) * table_stride",
-        )
+        if self.pages is None:
+            e.add("acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)")
+        e.add("table = block_table + sequence.to(tl.int64) * table_stride")
         if what.window:
             self._steps("start", "last", masked=True)
             return
@@ -290,16 +310,21 @@ class _Composition:
                 look_up, offset = "table + step // PAGE", "step % PAGE + tl.arange(0, BLOCK_T)"
             else:
                 look_up, offset = "table + t // PAGE" + (", mask=t_inside, other=0" if masked else ""), "t % PAGE"
-            e.add(
-                f"block = tl.load({look_up})",
-                f"slot = (block.to(tl.int64) if WIDE else block) * PAGE + {offset}",
-            )
-            e.add(
-                "place = (slot * G + g)[:, None] * D + d[None, :]",
-                f"keys = tl.load(k_cache + place{mask})",
-                f"values = tl.load(v_cache + place{mask})",
-                f"scores = tl.dot(queries_tile, tl.trans(keys){exact}){' * SCALE' if is_scaled else ''}",
-            )
+            e.add(f"block = tl.load({look_up})")
+            scale, row_scale = "SCALE", "SCALE"
+            if self.pages is not None:
+                self.pages.load(offset, masked=masked)
+                self.pages.scores()
+                scale, row_scale = self.pages.scales
+                e.add(*[f"scores *= {scale}"] * is_scaled)
+            else:
+                e.add(
+                    f"slot = (block.to(tl.int64) if WIDE else block) * PAGE + {offset}",
+                    "place = (slot * G + g)[:, None] * D + d[None, :]",
+                    f"keys = tl.load(k_cache + place{mask})",
+                    f"values = tl.load(v_cache + place{mask})",
+                    f"scores = tl.dot(queries_tile, tl.trans(keys){exact}){' * SCALE' if is_scaled else ''}",
+                )
             if what.softcap:
                 e.add(
                     "# tanh z = 1 - 2 / (exp(2 z) + 1)",
@@ -313,8 +338,8 @@ class _Composition:
                 seen = ["t_inside[None, :]"] if self.splits is not None else [f"(t[None, :] <= {position})"]
                 seen += [f"(t[None, :] > {position} - WINDOW)"] * bool(what.window)
                 e.add(f'scores = tl.where({" & ".join(seen)}, scores, float("-inf"))')
-            scale = "" if is_scaled else " * SCALE"
-            e.add(f"above = tl.maximum(highest, tl.max(scores, 1){scale})")
+            scale, row_scale = ("", "") if is_scaled else (f" * {scale}", f" * {row_scale}")
+            e.add(f"above = tl.maximum(highest, tl.max(scores, 1){row_scale})")
             if masked:
                 e.add('safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key')
             safe = "safe" if masked else "above"
@@ -322,9 +347,12 @@ class _Composition:
                 f"weights = tl.exp2(scores{scale} - {safe}[:, None])",
                 f"decay = tl.exp2(highest - {safe})",
                 "total = total * decay + tl.sum(weights, 1)",
-                f"acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None]{exact})",
-                "highest = above",
             )
+            if self.pages is not None:
+                self.pages.accumulate()
+            else:
+                e.add(f"acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None]{exact})")
+            e.add("highest = above")
 
     def _combine(self) -> None:
         """Sums [parts, rows, Dh] of every part, then their maxima and totals [parts, rows] each."""
@@ -335,7 +363,11 @@ class _Composition:
             "maxima = sums + SPLITS * GROUP * BLOCK_D",
             "totals = maxima + SPLITS * GROUP",
             "own = tl.program_id(1) * GROUP + m",
-            "tl.store(sums + own[:, None] * BLOCK_D + d[None, :], acc, mask=row_inside[:, None])",
+        )
+        stored = "row_inside[:, None]" if self.pages is None else "inside"
+        for end, channels in self._tiles:
+            e.add(f"tl.store(sums + own[:, None] * BLOCK_D + {channels}[None, :], acc{end}, mask={stored})")
+        e.add(
             "tl.store(maxima + own, highest, mask=row_inside)",
             "tl.store(totals + own, total, mask=row_inside)",
             "tl.debug_barrier()  # the counter follows what all threads stored",
@@ -380,11 +412,13 @@ class _Composition:
         parameters = list(self.tensors)
         arguments = list(self.tensors)
         if self.splits is None:
-            parameters.insert(6, "longest")
+            parameters.insert(parameters.index("query_starts") + 1, "longest")
         if self.parts:
             parameters += ["partial", "arrived"]
             arguments += ["partial", "arrived"]
             e.workspace = (what.kv_heads * int(str(e.constants["SCRATCH"])), what.kv_heads)
+        if what.kv_group:
+            arguments[1:3] = [f"{name}.view(torch.int16)" for name in what.caches[:2]]
         arguments += ["block_table.stride(0)", "WIDE=k_cache.numel() >= 2**31"]
         if self.splits is None:
             rows = f"triton.cdiv(longest * {what.group!r}, {e.constants['BLOCK_M']!r})"

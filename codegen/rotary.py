@@ -55,8 +55,9 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     k, v [tokens, G Dh], rows perhaps strided (parts of one product); cos, sin [positions, R] of `table_dtype`; positions,
     slot_mapping, sequences [tokens] int32; block_table [sequences, blocks] int32; turned [tokens, H, Dh]; the caches
     [blocks, page, G, Dh]. A token of slot -1 (of sequence -1) is written nowhere, its query is turned. With `kv_group` the
-    caches are int8, and k_scale, v_scale [blocks, page, G, Dh / kv_group] float16 follow them: a group's scale is its largest
-    absolute value / 127, a code the nearest to x / scale; of a group that is not finite the scale is NaN.
+    caches are int8, and k_scale, v_scale [blocks, G, Dh / kv_group, page] float16 follow them, a page's scales of one group side by
+    side for who reads them: a group's scale is its largest absolute value / 127, a code the nearest to x / scale; of a
+    group that is not finite the scale is NaN.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
@@ -192,7 +193,8 @@ def _store_groups(e: Emitter, side: str) -> None:
     e.add(
         "scale = scale_of(tl.max(magnitude(x), 2, keep_dims=True))",
         f"tl.store({side}_cache + slot * (G * D) + h * D + d, codes_of(x, scale), mask=inside)",
-        f"tl.store({side}_scale + slot * (G * GROUPS) + h * GROUPS + group, scale, mask=(h < G) & (group < GROUPS))",
+        f"place = {side}_scale + slot // PAGE * (G * GROUPS * PAGE) + slot % PAGE",
+        "tl.store(place + (h * GROUPS + group) * PAGE, scale, mask=(h < G) & (group < GROUPS))",
     )
 
 

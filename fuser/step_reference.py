@@ -118,10 +118,11 @@ def rotary(what: Rotary) -> Launch:
         given["turned"].view(-1, what.heads, D).copy_(q)
         kept = slots >= 0
         for name, rows in (("k", k), ("v", v)):
-            made = quantized(rows[kept], what.kv_group) if what.kv_group else (rows[kept],)
-            for kind, part in zip(("cache", "scale"), made, strict=False):
-                held = given[f"{name}_{kind}"]
-                held.flatten(0, 1)[slots[kept]] = part.to(held.dtype)
+            cache, made = given[f"{name}_cache"], rows[kept]
+            if what.kv_group:
+                made, scales = quantized(made, what.kv_group)
+                given[f"{name}_scale"][slots[kept] // what.page, :, :, slots[kept] % what.page] = scales
+            cache.flatten(0, 1)[slots[kept]] = made.to(cache.dtype)
 
     return launch
 
@@ -142,9 +143,13 @@ def quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2), scales
 
 
-def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
-    """What a cache of int8 stands for, in float32."""
-    return (codes.float().unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
+def held(pages: Tensor, scales: Tensor | None) -> Tensor:
+    """What pages [n, page, G, Dh], with scales [n, G, groups, page] where they are int8, stand for: [n page, G, Dh], float32."""
+    rows = pages.flatten(0, 1).float()
+    if scales is None:
+        return rows
+    each = scales.float().permute(0, 3, 1, 2).flatten(0, 1)
+    return (rows.unflatten(-1, (each.shape[-1], -1)) * each[..., None]).flatten(-2)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, what: Rotary) -> Tensor:
@@ -162,10 +167,9 @@ def attention(what: Attention) -> Launch:
         raise UnsupportedOperator("no reference kernel computes attention with slopes or sinks")
     G, D = what.kv_heads, what.head_dim
 
-    def launch(
-        q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, query_starts: Tensor,
-        longest: int, y: Tensor,
-    ) -> None:  # fmt: skip
+    def launch(q: Tensor, *tensors: Any) -> None:
+        caches, scales = tensors[:2], tensors[2:4] if what.kv_group else (None, None)
+        block_table, context_lens, query_starts, _, y = tensors[len(what.caches) :]
         starts = query_starts.tolist()
         for row, context in enumerate(context_lens.tolist()):
             first, last = starts[row], starts[row + 1]
@@ -175,7 +179,10 @@ def attention(what: Attention) -> Launch:
             oldest = max(context - count + 1 - what.window, 0) // what.page if what.window else 0
             pages = block_table[row, oldest : -(-context // what.page)]
             begin = oldest * what.page
-            keys, values = (cache[pages].flatten(0, 1)[: context - begin].float() for cache in (k_cache, v_cache))
+            keys, values = (
+                held(cache[pages], None if scale is None else scale[pages])[: context - begin]
+                for cache, scale in zip(caches, scales, strict=True)
+            )
             queries = q[first:last].view(count, G, what.group, D).float()
             scores = torch.einsum("sghd,tgd->ghst", queries, keys) * what.scale
             if what.softcap:
