@@ -420,6 +420,7 @@ class _Composition:
         if what.kv_group:
             arguments[1:3] = [f"{name}.view(torch.int16)" for name in what.caches[:2]]
         arguments += ["block_table.stride(0)", "WIDE=k_cache.numel() >= 2**31"]
+        arguments += ["PACKED=not triton.knobs.runtime.interpret"] * bool(what.kv_group)
         if self.splits is None:
             rows = f"triton.cdiv(longest * {what.group!r}, {e.constants['BLOCK_M']!r})"
             runs, grid = "sequences and longest", f"({rows}, {what.kv_heads!r}, sequences)"
