@@ -61,8 +61,9 @@ def decode(
     """
     BLOCK_M = max(power_of_two(what.group), 16)
     many = BLOCK_M >= 64  # rows, whose sums and scores must fit the registers
-    BLOCK_T = BLOCK_T or 16
-    num_warps = num_warps or (8 if many else 2 if what.head_dim > 128 else 1)
+    by_add = what.kv_group and what.dtype == "fp32"  # products of two operands in registers
+    BLOCK_T = BLOCK_T or (32 if what.kv_group and not many and not by_add else 16)
+    num_warps = num_warps or (8 if many or by_add else 2 if what.head_dim > 128 else 1)
     return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
 
 
@@ -88,6 +89,9 @@ def prefill(
         UsageError: heads, widths or dtypes that cannot be.
     """
     wide = what.head_dim > 128 or what.dtype == "fp32"  # sums and scores must fit the registers
+    if what.kv_group and (wide or what.head_dim > 64):  # codes take registers as well
+        BLOCK_M = BLOCK_M or (32 if what.dtype == "fp32" else 64 if wide else 128)
+        BLOCK_T, num_warps = BLOCK_T or (16 if wide else 32), num_warps or 8
     BLOCK_M = BLOCK_M or (64 if wide or what.head_dim <= 64 else 128)
     BLOCK_T = BLOCK_T or (32 if wide or what.head_dim <= 32 else 64)
     warps = num_warps or (4 if what.head_dim <= 64 or (wide and what.head_dim <= 128) else 8)

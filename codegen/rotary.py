@@ -164,12 +164,12 @@ def _turn(e: Emitter, what: Rotary, source: str, target: str, heads: str) -> Non
 def _write_groups(e: Emitter, what: Rotary) -> None:
     """Keys, turned, and values of heads `h` as int8 by groups: tiles [heads, groups, channels]."""
     e.add(
-        "h = h[:, :, None]",
+        "head = h[:, :, None]",
         "group = tl.arange(0, BLOCK_GROUPS)[None, :, None]",
         "w = tl.arange(0, BLOCK_W)[None, None, :]",
         "d = group * W + w",
-        "inside = (h < G) & (group < GROUPS) & (w < W)",
-        "x = tl.load(k + token * k_stride + h * D + d, mask=inside, other=0.0).to(tl.float32)",
+        "held = (head < G) & (group < GROUPS) & (w < W)",
+        "x = tl.load(k + token * k_stride + head * D + d, mask=held, other=0.0).to(tl.float32)",
     )
     if what.rotary_dim:
         if what.interleaved:
@@ -177,24 +177,24 @@ def _write_groups(e: Emitter, what: Rotary) -> None:
         else:
             first, other, angle = "d < R", "tl.where(d < R, d + R, d - R)", "d % R"
         e.add(
-            "turns = inside & (d < 2 * R)",
-            f"other = tl.load(k + token * k_stride + h * D + ({other}), mask=turns, other=0.0).to(tl.float32)",
+            "turns = held & (d < 2 * R)",
+            f"other = tl.load(k + token * k_stride + head * D + ({other}), mask=turns, other=0.0).to(tl.float32)",
             f"angle = position * R + {angle}",
-            "cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)",
-            "sine = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)",
-            f"x = x * cosine + tl.where({first}, -other, other) * sine",
+            "key_cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)",
+            "key_sine = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)",
+            f"x = x * key_cosine + tl.where({first}, -other, other) * key_sine",
         )
     _store_groups(e, "k")
-    e.add("x = tl.load(v + token * v_stride + h * D + d, mask=inside, other=0.0).to(tl.float32)")
+    e.add("x = tl.load(v + token * v_stride + head * D + d, mask=held, other=0.0).to(tl.float32)")
     _store_groups(e, "v")
 
 
 def _store_groups(e: Emitter, side: str) -> None:
     e.add(
         "scale = scale_of(tl.max(magnitude(x), 2, keep_dims=True))",
-        f"tl.store({side}_cache + slot * (G * D) + h * D + d, codes_of(x, scale), mask=inside)",
+        f"tl.store({side}_cache + slot * (G * D) + head * D + d, codes_of(x, scale), mask=held)",
         f"place = {side}_scale + slot // PAGE * (G * GROUPS * PAGE) + slot % PAGE",
-        "tl.store(place + (h * GROUPS + group) * PAGE, scale, mask=(h < G) & (group < GROUPS))",
+        "tl.store(place + (head * GROUPS + group) * PAGE, scale, mask=(head < G) & (group < GROUPS))",
     )
 
 

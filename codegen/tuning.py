@@ -23,6 +23,12 @@ from fuser.errors import FuserError, OutputError
 
 Choice = Mapping[str, int]
 SHIPPED = Path(__file__).parent / "tables"
+# Of decode: keys a step, warps, stages. Steps over int8 hold half the bytes, so more of them are on their way.
+OF_FLOATS = ((16, 1, 8), (32, 1, 6), (16, 2, 8), (64, 2, 4), (32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3))
+OF_INT8 = (
+    (32, 1, 6), (32, 1, 8), (32, 1, 10), (16, 1, 8), (16, 1, 12), (64, 2, 4), (64, 2, 6), (64, 4, 6), (64, 4, 4), (32, 2, 8),
+    (128, 4, 4), (128, 4, 6),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,7 @@ class Problem:
     def _of_decode(self, what: Attention) -> Iterator[Choice]:
         groups = self.sequences * what.kv_heads
         keys = min(self.tokens, what.window or self.tokens)
-        for BLOCK_T, warps, stages in (
-            (16, 1, 8), (32, 1, 6), (16, 2, 8), (64, 2, 4), (32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3),
-        ):  # fmt: skip
+        for BLOCK_T, warps, stages in OF_INT8 if what.kv_group else OF_FLOATS:
             counts = {max(1, min(programs // groups, -(-keys // BLOCK_T))) for programs in (132, 264, 396, 528, 1056)}
             for splits in sorted(counts | {1} if groups >= 128 else counts):
                 yield {"splits": splits, "BLOCK_T": BLOCK_T, "num_warps": warps, "num_stages": stages}
