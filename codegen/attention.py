@@ -91,7 +91,7 @@ def prefill(
     wide = what.head_dim > 128 or what.dtype == "fp32"  # sums and scores must fit the registers
     if what.kv_group and (wide or what.head_dim > 64):  # codes take registers as well
         BLOCK_M = BLOCK_M or (32 if what.dtype == "fp32" else 64 if wide else 128)
-        BLOCK_T, num_warps = BLOCK_T or (16 if wide else 32), num_warps or 8
+        BLOCK_T, num_warps = BLOCK_T or (16 if wide else 32), num_warps or (8 if what.head_dim > 64 else 4)
     BLOCK_M = BLOCK_M or (64 if wide or what.head_dim <= 64 else 128)
     BLOCK_T = BLOCK_T or (32 if wide or what.head_dim <= 32 else 64)
     warps = num_warps or (4 if what.head_dim <= 64 or (wide and what.head_dim <= 128) else 8)

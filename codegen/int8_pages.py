@@ -111,9 +111,7 @@ class Int8Pages:
         for side in ("key", "value"):
             for j, end in enumerate(self.ends):
                 more, inside_too = f" + {j} * PAGE" if j else "", ", mask=t_inside, other=0.0" if masked else ""
-                e.add(
-                    f"{side}_scale{end} = tl.load({side[0]}_scale + scale_place{more}{inside_too}).to(tl.float32)"
-                )
+                e.add(f"{side}_scale{end} = tl.load({side[0]}_scale + scale_place{more}{inside_too}).to(tl.float32)")
 
     def scores(self) -> None:
         """Products with the codes of keys, times their scales."""

@@ -45,8 +45,12 @@ def checked_group(kv_group: int, head_dim: int) -> int:
 
 
 def group_of(kv_group: int, head_dim: int) -> int:
-    """The group of heads of this width where `kv_group` is asked for: at most all of it."""
-    return min(kv_group, head_dim)
+    """The group of heads of this width where `kv_group` is asked for: at most all of it.
+
+    Raises:
+        UsageError: it does not divide them.
+    """
+    return checked_group(min(kv_group, head_dim), head_dim)
 
 
 def quantizes(e: Emitter) -> None:

@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(eq=False)
 class State:
-    """The keys and values of one layer, [pages, page, G, Dh] each; a layer with a window never looks further back."""
+    """The keys and values of one layer, [pages, page, G, Dh] each, codes where they are int8; a layer with a window never looks further back."""
 
     past: tuple[str, str]  # names of the graph's inputs
     kv_heads: int
@@ -82,12 +82,15 @@ class Input:
     state: State | None = None
 
 
+Held = Literal["k", "v", "k_scale", "v_scale"]
+
+
 @dataclass(frozen=True)
 class Cached:
-    """The keys or the values of a state."""
+    """The keys or the values of a state, or their scales, [pages, G, Dh / group, page] float16."""
 
     state: State
-    which: Literal["k", "v"]
+    which: Held
 
 
 Argument = Weight | Rows | Part | Input | Cached
@@ -123,6 +126,7 @@ class Program:
     steps: list[Step] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     outputs: dict[str, Rows | Part] = field(default_factory=dict)
+    kv_group: int = 0  # channels that have a scale between them in pages of int8; 0: pages have the program's dtype
 
     @property
     def kernels(self) -> list[Kernel]:

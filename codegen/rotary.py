@@ -39,6 +39,24 @@ class Rotary:
         """The tensors that hold keys and values."""
         return ["k_cache", "v_cache", *["k_scale", "v_scale"] * bool(self.kv_group)]
 
+    @property
+    def group_pairs(self) -> int:
+        """How many pairs of channels, one after another, hold whole groups of the cache; 0: no number of them does.
+
+        Pairs are those that turn together, as a projection takes them.
+        """
+        D, R = self.head_dim, self.rotary_dim // 2
+        if self.is_group_of_pairs:
+            pairs = self.kv_group // 2
+        else:
+            pairs = self.kv_group if R % self.kv_group == 0 and D // 2 % self.kv_group == 0 else 0
+        return pairs if power_of_two(pairs) == pairs else 0
+
+    @property
+    def is_group_of_pairs(self) -> bool:
+        """Whether both channels of a pair are of one group."""
+        return self.interleaved or self.kv_group == self.head_dim
+
     def kind(self, tensor: str) -> str:
         """The element type of a tensor, as Triton names it."""
         if tensor in ("positions", "slot_mapping", "sequences", "block_table"):

@@ -92,8 +92,7 @@ def _bytes(llm: LLM, batch: int, context: int) -> int:
         stepper.weights[weight].numel() * stepper.weights[weight].element_size()
         for weight in held.values() if weight.kind not in ("table", "cos", "sin")
     )  # fmt: skip
-    size = next(iter(stepper.caches.values()))["k"].element_size()
-    cached = sum(2 * s.kv_heads * s.head_dim * size * min(context, s.window or context) for s in stepper.states)
+    cached = sum(stepper.token_bytes(s) * min(context, s.window or context) for s in stepper.states)
     return weights + batch * cached
 
 
