@@ -1,11 +1,9 @@
 """How attention reads pages of int8, without a dequantized copy of them anywhere.
 
 Codes are loaded two at a time, as integers of 16 bits, so that their tiles lie in registers as those of float16 do: even and
-odd channels are products of their own. A code is exact in float16. No element is multiplied by its scale: a key's scale multiplies its
-score, a value's the softmax weight, and a head of several groups is that many products.
+odd channels are products of their own. A code is exact in float16. No element is multiplied by its scale: a key's scale
+multiplies its score, a value's the softmax weight, and a head of several groups is that many products.
 """
-
-from typing import Protocol
 
 from fuser.codegen.kernel import Emitter, power_of_two
 from fuser.codegen.kv_groups import checked_group
@@ -37,26 +35,18 @@ def codes_of(pairs, PACKED: tl.constexpr):
 '''
 
 
-class Heads(Protocol):
-    """What is known of the heads whose pages are read."""
-
-    head_dim: int
-    kv_group: int
-    dtype: str
-
-
 class Int8Pages:
     """The parts of an attention kernel's body that depend on how pages hold keys and values."""
 
-    def __init__(self, emitter: Emitter, what: Heads) -> None:
-        self.emitter, self.dtype = emitter, what.dtype
-        self.group = checked_group(what.kv_group, what.head_dim)
-        groups = what.head_dim // self.group
+    def __init__(self, emitter: Emitter, head_dim: int, kv_group: int, dtype: str) -> None:
+        self.emitter, self.dtype = emitter, dtype
+        self.group = checked_group(kv_group, head_dim)
+        groups = head_dim // self.group
         self.ends = [f"_{j}" for j in range(groups)] if groups > 1 else [""]
         self.block = max(power_of_two(self.group // 2), 16)
         self.padded = self.block != self.group // 2
-        self.exact = ', input_precision="ieee"' if what.dtype == "fp32" else ""
-        self.wide = ".to(tl.float32)" if what.dtype == "fp32" else ""
+        self.exact = ', input_precision="ieee"' if dtype == "fp32" else ""
+        self.wide = ".to(tl.float32)" if dtype == "fp32" else ""
         emitter.constant(GROUPS=groups, PAIRS=self.group // 2, BLOCK_PAIRS=self.block, PACKED=True)
         if not self.wide:
             emitter.constant(SHIFT=16.0)  # keeps weights times small scales normal in float16

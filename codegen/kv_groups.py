@@ -3,6 +3,8 @@
 from fuser.codegen.kernel import Emitter, power_of_two
 from fuser.errors import UsageError
 
+GROUPS, DEFAULT = (32, 64, 128), 64
+
 CODES = '''
 @triton.jit
 def scale_of(bits):
@@ -31,15 +33,28 @@ def magnitude(x):
 '''
 
 
+def kv_group_of(kv_cache: str, dtype: str) -> int:
+    """The group that the name of a kind of cache means; 0: keys and values are of `dtype`.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    known = {"auto": 0, dtype: 0, "int8": DEFAULT} | {f"int8:{group}": group for group in GROUPS}
+    if kv_cache not in known:
+        raise UsageError(f"kv_cache must be {', '.join(known)}, got {kv_cache!r}")
+    return known[kv_cache]
+
+
 def checked_group(kv_group: int, head_dim: int) -> int:
     """`kv_group`, if heads are made of such groups.
 
     Raises:
         UsageError: they are not.
     """
-    if kv_group and (head_dim % kv_group or kv_group not in (32, 64, 128, head_dim)):
+    if kv_group and (head_dim % kv_group or kv_group % 2 or kv_group not in (*GROUPS, head_dim)):
         raise UsageError(
-            f"codegen: keys and values have groups of 32, 64, 128 or all {head_dim} channels of a head, not of {kv_group}"
+            f"codegen: int8 keys and values have groups of 32, 64 or 128 channels that divide a head, or of all {head_dim}, "
+            f"an even number, not of {kv_group}"
         )
     return kv_group
 

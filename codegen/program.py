@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(eq=False)
 class State:
-    """The keys and values of one layer, [pages, page, G, Dh] each, codes where they are int8; a layer with a window never looks further back."""
+    """The keys and values of one layer, [pages, page, G, Dh] each; one with a window never looks further back."""
 
     past: tuple[str, str]  # names of the graph's inputs
     kv_heads: int

@@ -73,9 +73,9 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     k, v [tokens, G Dh], rows perhaps strided (parts of one product); cos, sin [positions, R] of `table_dtype`; positions,
     slot_mapping, sequences [tokens] int32; block_table [sequences, blocks] int32; turned [tokens, H, Dh]; the caches
     [blocks, page, G, Dh]. A token of slot -1 (of sequence -1) is written nowhere, its query is turned. With `kv_group` the
-    caches are int8, and k_scale, v_scale [blocks, G, Dh / kv_group, page] float16 follow them, a page's scales of one group side by
-    side for who reads them: a group's scale is its largest absolute value / 127, a code the nearest to x / scale; of a
-    group that is not finite the scale is NaN.
+    caches are int8, and k_scale, v_scale [blocks, G, Dh / kv_group, page] float16 follow them, a page's scales of one group
+    side by side for who reads them: a group's scale is its largest absolute value / 127, a code the nearest to x / scale;
+    of a group that is not finite the scale is NaN.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
@@ -248,7 +248,13 @@ def rotary_epilogue(e: Emitter, rotary: Rotary, head_norm_eps: float | None, *, 
         _groups_of_pairs(e, rotary, turned_a, turned_b, dot=dot)
         stored = "codes_of(a, scale_a)", "codes_of(b, scale_b)"
     for target, first, mask, start, values in (
-        ("y", "", f"is_query{column}{' & m_inside[None, :]' if dot else ''}", f"m{row} * (H * D)", (turned_a, turned_b)),
+        (
+            "y",
+            "",
+            f"is_query{column}{' & m_inside[None, :]' if dot else ''}",
+            f"m{row} * (H * D)",
+            (turned_a, turned_b),
+        ),
         ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)", stored),
         ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)", stored),
     ):

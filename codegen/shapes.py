@@ -18,9 +18,9 @@ class Shape:
     G: int
     Dh: int = 128
 
-    def linears(self, tokens: int, dtype: str = "bf16") -> Iterator[tuple[str, Linear]]:
+    def linears(self, tokens: int, dtype: str = "bf16", kv_group: int = 0) -> Iterator[tuple[str, Linear]]:
         """The products of a decode step, as they are launched."""
-        rotary = Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype)
+        rotary = Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype, kv_group=kv_group)
         width = (self.H + 2 * self.G) * self.Dh
         yield "norm+qkv+rotary", Linear(width, self.D, tokens, dtype, norm="rms", norm_eps=1e-5, rotary=rotary)
         yield "o+residual", Linear(self.D, self.H * self.Dh, tokens, dtype, residual=True)

@@ -16,6 +16,7 @@ from fuser.codegen.elementwise import NORMS, Computed, Elementwise, Row
 from fuser.codegen.embedding import Embedding
 from fuser.codegen.rotary import Rotary
 from fuser.errors import UnsupportedOperator
+from fuser.runtime.kv_groups import dequantized, quantized
 
 Launch = Callable[..., None]
 
@@ -121,35 +122,11 @@ def rotary(what: Rotary) -> Launch:
             cache, made = given[f"{name}_cache"], rows[kept]
             if what.kv_group:
                 made, scales = quantized(made, what.kv_group)
-                given[f"{name}_scale"][slots[kept] // what.page, :, :, slots[kept] % what.page] = scales
+                page, offset = slots[kept] // what.page, slots[kept] % what.page
+                given[f"{name}_scale"][page, :, :, offset] = scales
             cache.flatten(0, 1)[slots[kept]] = made.to(cache.dtype)
 
     return launch
-
-
-def quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Rows [..., Dh] as a cache of int8 holds them: codes [..., Dh], scales [..., Dh / group] in float16.
-
-    A group's scale is its largest absolute value / 127, rounded up so that nothing clips; of one that is not finite it is NaN.
-    """
-    groups = x.float().unflatten(-1, (-1, group))
-    wanted = groups.abs().amax(-1) / 127.0
-    scales = wanted.half()
-    above = (scales.view(torch.int16) + 1).view(torch.float16)
-    scales = torch.where(scales.float() < wanted, above, scales)
-    scales = torch.where(scales.isfinite(), scales, torch.nan)
-    divisors = torch.where(scales > 0, scales.float(), 1.0)
-    codes = (groups / divisors[..., None]).nan_to_num(0.0).clamp(-127, 127).round().to(torch.int8)
-    return codes.flatten(-2), scales
-
-
-def held(pages: Tensor, scales: Tensor | None) -> Tensor:
-    """What pages [n, page, G, Dh], with scales [n, G, groups, page] where they are int8, stand for: [n page, G, Dh], float32."""
-    rows = pages.flatten(0, 1).float()
-    if scales is None:
-        return rows
-    each = scales.float().permute(0, 3, 1, 2).flatten(0, 1)
-    return (rows.unflatten(-1, (each.shape[-1], -1)) * each[..., None]).flatten(-2)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, what: Rotary) -> Tensor:
@@ -180,9 +157,10 @@ def attention(what: Attention) -> Launch:
             pages = block_table[row, oldest : -(-context // what.page)]
             begin = oldest * what.page
             keys, values = (
-                held(cache[pages], None if scale is None else scale[pages])[: context - begin]
+                (cache[pages].float() if scale is None else dequantized(cache[pages], scale[pages])).flatten(0, 1)
                 for cache, scale in zip(caches, scales, strict=True)
             )
+            keys, values = keys[: context - begin], values[: context - begin]
             queries = q[first:last].view(count, G, what.group, D).float()
             scores = torch.einsum("sghd,tgd->ghst", queries, keys) * what.scale
             if what.softcap:

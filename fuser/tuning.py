@@ -43,8 +43,8 @@ class Search:
         return "\n".join([told, *(f"not counted: {reason}" for reason in self.wrong)])
 
 
-def standard(tokens: Sequence[int], dtype: str, shapes: Sequence[str]) -> list[Problem]:
-    """The launches of well-known models.
+def standard(tokens: Sequence[int], dtype: str, shapes: Sequence[str], kv_group: int = 0) -> list[Problem]:
+    """The launches of well-known models; with `kv_group` over a cache of int8 by such groups.
 
     Raises:
         UsageError: there is no such model.
@@ -55,15 +55,15 @@ def standard(tokens: Sequence[int], dtype: str, shapes: Sequence[str]) -> list[P
             raise UsageError(f"there is no shape '{name}'; shapes are {', '.join(SHAPES)}")
         shape = SHAPES[name]
         for count in tokens:
-            found += [Problem(what) for _, what in shape.linears(count, dtype)]
+            found += [Problem(what) for _, what in shape.linears(count, dtype, kv_group)]
             found.append(Problem(shape.vocabulary(count, dtype)))
-        found += attentions(shape, dtype)
+        found += attentions(shape, dtype, kv_group=kv_group)
     return _distinct(found)
 
 
-def attentions(shape: Shape, dtype: str, page: int = 16) -> Iterator[Problem]:
+def attentions(shape: Shape, dtype: str, page: int = 16, kv_group: int = 0) -> Iterator[Problem]:
     """Decode attention at lengths and batches near and far, and prefill."""
-    what = Attention(shape.H, shape.G, shape.Dh, shape.Dh**-0.5, page, dtype=dtype)
+    what = Attention(shape.H, shape.G, shape.Dh, shape.Dh**-0.5, page, dtype=dtype, kv_group=kv_group)
     yield from (Problem(what, sequences, tokens) for sequences, tokens in SEQUENCES)
     yield Problem(what, 1, 4096, decode=False)
 
