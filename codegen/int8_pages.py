@@ -23,7 +23,7 @@ def codes_of(pairs, PACKED: tl.constexpr):
             sub.f16x2 $0, $0, offset;
             sub.f16x2 $1, $1, offset;
             }""",
-            "=&r,=r,r",
+            "=r,=r,r",
             [pairs],
             dtype=(tl.float16, tl.float16),
             is_pure=True,

@@ -166,7 +166,7 @@ class LLM:
         except UnsupportedOperator as reason:
             if self.kv_group:
                 raise UsageError(
-                    f"kv_cache {kv_cache} needs steps over pages, this model's are run by its graph, on padded batches: {reason}"
+                    f"kv_cache {kv_cache} needs steps over pages; this model runs by its graph, on padded batches: {reason}"
                 ) from None
             self.padded = str(reason)
             runner, pool = self._padded(source, sizing, prefix_caching)
