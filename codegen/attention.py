@@ -52,8 +52,8 @@ def decode(
 ) -> Kernel:
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
-    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]): q, y
-    [B, H, Dh], of `dtype`; the caches [blocks, page, G, Dh], with scales [blocks, G, Dh / kv_group, page] float16 where they are
+    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]):
+    q, y [B, H, Dh], of `dtype`; the caches [blocks, page, G, Dh], with scales [blocks, G, Dh / kv_group, page] float16 where they are
     int8; block_table [B, blocks], context_lens [B] int32: keys of a sequence, its query's own included; slopes, sinks [H]
     float32. A sequence of length 0 gives 0. With parts, the kernel's workspace is what one sequence takes.
 
@@ -64,7 +64,9 @@ def decode(
     many = BLOCK_M >= 64  # rows, whose sums and scores must fit the registers
     by_add = what.kv_group and what.dtype == "fp32"  # products of two operands in registers
     BLOCK_T = BLOCK_T or (32 if what.kv_group and not many and not by_add else 16)
-    num_warps = num_warps or (8 if many or by_add else 2 if what.head_dim > 128 else 1)
+    num_warps = num_warps or (
+        8 if many else (8 if what.head_dim > 128 else 4) if by_add else 2 if what.head_dim > 128 else 1
+    )
     return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
 
 
@@ -82,8 +84,8 @@ def prefill(
 ) -> Kernel:  # fmt: skip
     """The kernel of `what` for any number of queries a sequence.
 
-    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y): q,
-    y [tokens, H, Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its
+    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y):
+    q, y [tokens, H, Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its
     context_lens[b] keys; `longest`: at least the most tokens of a sequence.
 
     Raises:
@@ -91,8 +93,8 @@ def prefill(
     """
     wide = what.head_dim > 128 or what.dtype == "fp32"  # sums and scores must fit the registers
     if what.kv_group and (wide or what.head_dim > 64):  # codes take registers as well
-        BLOCK_M = BLOCK_M or (32 if what.dtype == "fp32" else 64 if wide else 128)
-        BLOCK_T, num_warps = BLOCK_T or (16 if wide else 32), num_warps or (8 if what.head_dim > 64 else 4)
+        BLOCK_M = BLOCK_M or (32 if wide else 128)
+        BLOCK_T, num_warps = BLOCK_T or 16, num_warps or (8 if what.head_dim > 64 else 4)
     BLOCK_M = BLOCK_M or (64 if wide or what.head_dim <= 64 else 128)
     BLOCK_T = BLOCK_T or (32 if wide or what.head_dim <= 32 else 64)
     warps = num_warps or (4 if what.head_dim <= 64 or (wide and what.head_dim <= 128) else 8)
@@ -212,7 +214,7 @@ class _Composition:
             "g = tl.program_id(0) % G",
             "# Rows: the query heads of one key head.",
             "m = tl.arange(0, BLOCK_M)",
-            "d = tl.arange(0, BLOCK_D)",
+            *["d = tl.arange(0, BLOCK_D)"] * (self.pages is None or self.parts),
             "head = g * GROUP + m",
             "row_inside = m < GROUP",
             "context = tl.load(context_lens + sequence)",
@@ -245,7 +247,7 @@ class _Composition:
         e.add(
             "# Rows: queries, and within one the query heads of one key head.",
             "m = tile + tl.arange(0, BLOCK_M)",
-            "d = tl.arange(0, BLOCK_D)",
+            *["d = tl.arange(0, BLOCK_D)"] * (self.pages is None),
             "query = m // GROUP",
             "head = g * GROUP + m % GROUP",
             "row_inside = query < queries",

@@ -178,8 +178,8 @@ def _tilings(what: Linear) -> Iterator[Tiling]:
 
 def _of_prefill(what: Attention) -> Iterator[Choice]:
     for BLOCK_M, BLOCK_T, warps, stages in (
-        (128, 64, 4, 3), (128, 128, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
-        (64, 32, 4, 4), (128, 32, 4, 4),
+        (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
+        (64, 32, 4, 4), (128, 32, 4, 4), (128, 32, 8, 3), (64, 32, 8, 3),
     ):  # fmt: skip
         yield {"BLOCK_M": BLOCK_M, "BLOCK_T": BLOCK_T, "num_warps": warps, "num_stages": stages}
 

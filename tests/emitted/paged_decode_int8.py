@@ -24,7 +24,7 @@ def codes_of(pairs, PACKED: tl.constexpr):
             sub.f16x2 $0, $0, offset;
             sub.f16x2 $1, $1, offset;
             }""",
-            "=&r,=r,r",
+            "=r,=r,r",
             [pairs],
             dtype=(tl.float16, tl.float16),
             is_pure=True,
@@ -70,7 +70,6 @@ def kernel(
     g = tl.program_id(0) % G
     # Rows: the query heads of one key head.
     m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
     head = g * GROUP + m
     row_inside = m < GROUP
     context = tl.load(context_lens + sequence)
