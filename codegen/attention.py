@@ -53,9 +53,9 @@ def decode(
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
     launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]):
-    q, y [B, H, Dh], of `dtype`; the caches [blocks, page, G, Dh], with scales [blocks, G, Dh / kv_group, page] float16 where they are
-    int8; block_table [B, blocks], context_lens [B] int32: keys of a sequence, its query's own included; slopes, sinks [H]
-    float32. A sequence of length 0 gives 0. With parts, the kernel's workspace is what one sequence takes.
+    q, y [B, H, Dh], of `dtype`; the caches [blocks, page, G, Dh], with scales [blocks, G, Dh / kv_group, page] float16 where
+    they are int8; block_table [B, blocks], context_lens [B] int32: keys of a sequence, its query's own included; slopes,
+    sinks [H] float32. A sequence of length 0 gives 0. With parts, the kernel's workspace is what one sequence takes.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
@@ -85,8 +85,8 @@ def prefill(
     """The kernel of `what` for any number of queries a sequence.
 
     launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y):
-    q, y [tokens, H, Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its
-    context_lens[b] keys; `longest`: at least the most tokens of a sequence.
+    q, y [tokens, H, Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of
+    its context_lens[b] keys; `longest`: at least the most tokens of a sequence.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
