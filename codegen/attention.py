@@ -7,6 +7,7 @@ maximum and sum, in float32 and base 2.
 import math
 from dataclasses import dataclass
 
+from fuser.codegen.int8_pages import Int8Pages
 from fuser.codegen.kernel import Emitter, Kernel, element, power_of_two
 from fuser.errors import UsageError
 
@@ -19,7 +20,8 @@ class Attention:
 
     A query at position p sees keys at 0 .. p, with `window` the last `window` of them (itself included). `alibi` adds
     slope[h] (key position - p), after the soft-cap; with `sinks` each head has one more score, sink[h], of no value
-    (gpt-oss). Keys and values lie in pages [blocks, page, G, Dh].
+    (gpt-oss). Keys and values lie in pages [blocks, page, G, Dh]; with `kv_group` as int8, by groups of so many channels with
+    a scale each.
     """
 
     heads: int
@@ -32,6 +34,12 @@ class Attention:
     alibi: bool = False
     dtype: str = "bf16"
     sinks: bool = False
+    kv_group: int = 0
+
+    @property
+    def caches(self) -> list[str]:
+        """The tensors that hold keys and values."""
+        return ["k_cache", "v_cache", *["k_scale", "v_scale"] * bool(self.kv_group)]
 
     @property
     def group(self) -> int:
@@ -44,17 +52,21 @@ def decode(
 ) -> Kernel:
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
-    launch(q, k_cache, v_cache, block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]): q, y [B, H, Dh], of
-    `dtype`; block_table [B, blocks], context_lens [B] int32: keys of a sequence, its query's own included; slopes, sinks
-    [H] float32. A sequence of length 0 gives 0. With parts, the kernel's workspace is what one sequence takes.
+    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]):
+    q, y [B, H, Dh], of `dtype`; the caches [blocks, page, G, Dh], with scales [blocks, G, Dh / kv_group, page] float16 where
+    they are int8; block_table [B, blocks], context_lens [B] int32: keys of a sequence, its query's own included; slopes,
+    sinks [H] float32. A sequence of length 0 gives 0. With parts, the kernel's workspace is what one sequence takes.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
     """
     BLOCK_M = max(power_of_two(what.group), 16)
     many = BLOCK_M >= 64  # rows, whose sums and scores must fit the registers
-    BLOCK_T = BLOCK_T or 16
-    num_warps = num_warps or (8 if many else 2 if what.head_dim > 128 else 1)
+    by_add = what.kv_group and what.dtype == "fp32"  # products of two operands in registers
+    BLOCK_T = BLOCK_T or (32 if what.kv_group and not many and not by_add else 16)
+    num_warps = num_warps or (
+        8 if many else (8 if what.head_dim > 128 else 4) if by_add else 2 if what.head_dim > 128 else 1
+    )
     return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
 
 
@@ -72,14 +84,17 @@ def prefill(
 ) -> Kernel:  # fmt: skip
     """The kernel of `what` for any number of queries a sequence.
 
-    launch(q, k_cache, v_cache, block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y): q, y [tokens, H,
-    Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of its
-    context_lens[b] keys; `longest`: at least the most tokens of a sequence.
+    launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, query_starts, longest, [slopes,] [sinks,] y):
+    q, y [tokens, H, Dh], the tokens of sequence b at query_starts[b] .. query_starts[b + 1] (int32 [B + 1]), the last ones of
+    its context_lens[b] keys; `longest`: at least the most tokens of a sequence.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
     """
     wide = what.head_dim > 128 or what.dtype == "fp32"  # sums and scores must fit the registers
+    if what.kv_group and (wide or what.head_dim > 64):  # codes take registers as well
+        BLOCK_M = BLOCK_M or (32 if wide else 128)
+        BLOCK_T, num_warps = BLOCK_T or 16, num_warps or (8 if what.head_dim > 64 else 4)
     BLOCK_M = BLOCK_M or (64 if wide or what.head_dim <= 64 else 128)
     BLOCK_T = BLOCK_T or (32 if wide or what.head_dim <= 32 else 64)
     warps = num_warps or (4 if what.head_dim <= 64 or (wide and what.head_dim <= 128) else 8)
@@ -130,9 +145,11 @@ class _Composition:
             {"num_warps": num_warps, "num_stages": num_stages},
         )
         self.emitter = e
-        for tensor in ("q", "k_cache", "v_cache"):
-            e.pointer(tensor, element(what.dtype))
-        self.tensors = ["q", "k_cache", "v_cache", "block_table", "context_lens"]
+        e.pointer("q", element(what.dtype))
+        for tensor in what.caches:
+            kind = "fp16" if tensor.endswith("scale") else "i16" if what.kv_group else what.dtype
+            e.pointer(tensor, kind)
+        self.tensors = ["q", *what.caches, "block_table", "context_lens"]
         self.tensors += ["query_starts"] * (splits is None) + ["slopes"] * what.alibi + ["sinks"] * what.sinks + ["y"]
         e.pointer("block_table", "i32")
         e.pointer("context_lens", "i32")
@@ -157,6 +174,7 @@ class _Composition:
         if what.window:
             e.constant(WINDOW=what.window)
         e.constant(WIDE=False)
+        self.pages = Int8Pages(e, what.head_dim, what.kv_group, what.dtype) if what.kv_group else None
         if self.parts:
             assert splits is not None
             BLOCK_D, BLOCK_R = max(power_of_two(what.head_dim), 16), power_of_two(what.group)
@@ -172,15 +190,22 @@ class _Composition:
         else:
             self._decode_rows()
         self._main_loop()
+        if self.pages is not None:
+            self.pages.end()
         if self.parts:
             self._combine()
         else:
-            self.emitter.add(
-                "# A row that sees no key gives 0.", "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]"
-            )
-            self.emitter.add("tl.store(y + rows[:, None] + d[None, :], result, mask=inside)")
+            self.emitter.add("# A row that sees no key gives 0.")
+            for end, channels in self._tiles:
+                self.emitter.add(f"result = acc{end} / tl.where(total > 0.0, total, 1.0)[:, None]")
+                self.emitter.add(f"tl.store(y + rows[:, None] + {channels}[None, :], result, mask=inside)")
         self._host()
         return self.emitter.kernel()
+
+    @property
+    def _tiles(self) -> list[tuple[str, str]]:
+        """The end of the names of each tile of sums, and its channels."""
+        return [("", "d")] if self.pages is None else self.pages.tiles
 
     def _decode_rows(self) -> None:
         e = self.emitter
@@ -189,7 +214,7 @@ class _Composition:
             "g = tl.program_id(0) % G",
             "# Rows: the query heads of one key head.",
             "m = tl.arange(0, BLOCK_M)",
-            "d = tl.arange(0, BLOCK_D)",
+            *["d = tl.arange(0, BLOCK_D)"] * (self.pages is None or self.parts),
             "head = g * GROUP + m",
             "row_inside = m < GROUP",
             "context = tl.load(context_lens + sequence)",
@@ -222,7 +247,7 @@ class _Composition:
         e.add(
             "# Rows: queries, and within one the query heads of one key head.",
             "m = tile + tl.arange(0, BLOCK_M)",
-            "d = tl.arange(0, BLOCK_D)",
+            *["d = tl.arange(0, BLOCK_D)"] * (self.pages is None),
             "query = m // GROUP",
             "head = g * GROUP + m % GROUP",
             "row_inside = query < queries",
@@ -245,8 +270,11 @@ class _Composition:
 
     def _main_loop(self) -> None:
         e, what = self.emitter, self.what
-        e.add("inside = row_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else ""))
-        e.add("queries_tile = tl.load(q + rows[:, None] + d[None, :], mask=inside, other=0.0)")
+        if self.pages is not None:
+            self.pages.begin()
+        else:
+            e.add("inside = row_inside[:, None]" + (" & (d < D)[None, :]" if self.padded else ""))
+            e.add("queries_tile = tl.load(q + rows[:, None] + d[None, :], mask=inside, other=0.0)")
         if what.alibi:
             e.add(f"slope = tl.load(slopes + head, mask=row_inside, other=0.0) * {LOG2_E!r}")
         if what.sinks:
@@ -263,10 +291,9 @@ class _Composition:
                 'highest = tl.full([BLOCK_M], float("-inf"), tl.float32)',
                 "total = tl.zeros([BLOCK_M], tl.float32)",
             )
-        e.add(
-            "acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
-            "table = block_table + sequence.to(tl.int64) * table_stride",
-        )
+        if self.pages is None:
+            e.add("acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)")
+        e.add("table = block_table + sequence.to(tl.int64) * table_stride")
         if what.window:
             self._steps("start", "last", masked=True)
             return
@@ -290,16 +317,21 @@ class _Composition:
                 look_up, offset = "table + step // PAGE", "step % PAGE + tl.arange(0, BLOCK_T)"
             else:
                 look_up, offset = "table + t // PAGE" + (", mask=t_inside, other=0" if masked else ""), "t % PAGE"
-            e.add(
-                f"block = tl.load({look_up})",
-                f"slot = (block.to(tl.int64) if WIDE else block) * PAGE + {offset}",
-            )
-            e.add(
-                "place = (slot * G + g)[:, None] * D + d[None, :]",
-                f"keys = tl.load(k_cache + place{mask})",
-                f"values = tl.load(v_cache + place{mask})",
-                f"scores = tl.dot(queries_tile, tl.trans(keys){exact}){' * SCALE' if is_scaled else ''}",
-            )
+            e.add(f"block = tl.load({look_up})")
+            scale, row_scale = "SCALE", "SCALE"
+            if self.pages is not None:
+                self.pages.load(offset, masked=masked)
+                self.pages.scores()
+                scale, row_scale = self.pages.scales
+                e.add(*[f"scores *= {scale}"] * is_scaled)
+            else:
+                e.add(
+                    f"slot = (block.to(tl.int64) if WIDE else block) * PAGE + {offset}",
+                    "place = (slot * G + g)[:, None] * D + d[None, :]",
+                    f"keys = tl.load(k_cache + place{mask})",
+                    f"values = tl.load(v_cache + place{mask})",
+                    f"scores = tl.dot(queries_tile, tl.trans(keys){exact}){' * SCALE' if is_scaled else ''}",
+                )
             if what.softcap:
                 e.add(
                     "# tanh z = 1 - 2 / (exp(2 z) + 1)",
@@ -313,8 +345,8 @@ class _Composition:
                 seen = ["t_inside[None, :]"] if self.splits is not None else [f"(t[None, :] <= {position})"]
                 seen += [f"(t[None, :] > {position} - WINDOW)"] * bool(what.window)
                 e.add(f'scores = tl.where({" & ".join(seen)}, scores, float("-inf"))')
-            scale = "" if is_scaled else " * SCALE"
-            e.add(f"above = tl.maximum(highest, tl.max(scores, 1){scale})")
+            scale, row_scale = ("", "") if is_scaled else (f" * {scale}", f" * {row_scale}")
+            e.add(f"above = tl.maximum(highest, tl.max(scores, 1){row_scale})")
             if masked:
                 e.add('safe = tl.where(above > float("-inf"), above, 0.0)  # of a row that has seen no key')
             safe = "safe" if masked else "above"
@@ -322,9 +354,12 @@ class _Composition:
                 f"weights = tl.exp2(scores{scale} - {safe}[:, None])",
                 f"decay = tl.exp2(highest - {safe})",
                 "total = total * decay + tl.sum(weights, 1)",
-                f"acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None]{exact})",
-                "highest = above",
             )
+            if self.pages is not None:
+                self.pages.accumulate()
+            else:
+                e.add(f"acc = tl.dot(weights.to(v_cache.dtype.element_ty), values, acc * decay[:, None]{exact})")
+            e.add("highest = above")
 
     def _combine(self) -> None:
         """Sums [parts, rows, Dh] of every part, then their maxima and totals [parts, rows] each."""
@@ -335,7 +370,11 @@ class _Composition:
             "maxima = sums + SPLITS * GROUP * BLOCK_D",
             "totals = maxima + SPLITS * GROUP",
             "own = tl.program_id(1) * GROUP + m",
-            "tl.store(sums + own[:, None] * BLOCK_D + d[None, :], acc, mask=row_inside[:, None])",
+        )
+        stored = "row_inside[:, None]" if self.pages is None else "inside"
+        for end, channels in self._tiles:
+            e.add(f"tl.store(sums + own[:, None] * BLOCK_D + {channels}[None, :], acc{end}, mask={stored})")
+        e.add(
             "tl.store(maxima + own, highest, mask=row_inside)",
             "tl.store(totals + own, total, mask=row_inside)",
             "tl.debug_barrier()  # the counter follows what all threads stored",
@@ -380,12 +419,15 @@ class _Composition:
         parameters = list(self.tensors)
         arguments = list(self.tensors)
         if self.splits is None:
-            parameters.insert(6, "longest")
+            parameters.insert(parameters.index("query_starts") + 1, "longest")
         if self.parts:
             parameters += ["partial", "arrived"]
             arguments += ["partial", "arrived"]
             e.workspace = (what.kv_heads * int(str(e.constants["SCRATCH"])), what.kv_heads)
+        if what.kv_group:
+            arguments[1:3] = [f"{name}.view(torch.int16)" for name in what.caches[:2]]
         arguments += ["block_table.stride(0)", "WIDE=k_cache.numel() >= 2**31"]
+        arguments += ["PACKED=not triton.knobs.runtime.interpret"] * bool(what.kv_group)
         if self.splits is None:
             rows = f"triton.cdiv(longest * {what.group!r}, {e.constants['BLOCK_M']!r})"
             runs, grid = "sequences and longest", f"({rows}, {what.kv_heads!r}, sequences)"

@@ -16,9 +16,10 @@ from fuser.codegen.compose_rows import Run
 from fuser.codegen.elementwise import Column, Computed, Elementwise, Row, elementwise
 from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import ACTIVATIONS, Kernel
+from fuser.codegen.kv_groups import group_of
 from fuser.codegen.linear import MOST_TOKENS, Linear
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
-from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, Scratch, State, Step, Weight
+from fuser.codegen.program import Argument, Cached, Held, Input, Part, Program, Rows, Scratch, State, Step, Weight
 from fuser.codegen.quantized import EXPONENTS, Dequantize, dequantize
 from fuser.codegen.rotary import Rotary, rotary_cache_write
 from fuser.codegen.step_inputs import inputs_of, is_integer, past_of, shifted, tokens_of, without_padding
@@ -50,14 +51,15 @@ ALONG = ("Softmax", "Concat", "Split", "Slice", "MatMul", *sorted(NORMS))  # wha
 
 def compose(
     graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bool | None = None, table: Table | None = None,
-    rows: int | None = None, codes: bool = True,
+    rows: int | None = None, kv_group: int = 0, codes: bool = True,
 ) -> Program:  # fmt: skip
     """The program of a fused decoder for at most `tokens` new tokens, by the choices of `table`, or by default ones.
 
     Quantized weights are read as codes, with `codes` and where kernels can; otherwise they are numbers when they are loaded.
 
     With `decode`, by default where there are at most 64, every sequence has one new token; without, each has any number,
-    and with `rows` outputs are of at most so many tokens, which each step chooses.
+    and with `rows` outputs are of at most so many tokens, which each step chooses. With `kv_group` pages are int8, by groups of
+    so many channels of a head, or of all of them where there are less.
 
     Raises:
         UnsupportedOperator: a node is not token-wise, or what it reads of the past is not what pages hold.
@@ -67,7 +69,7 @@ def compose(
         raise UsageError(f"codegen: a step takes 1 or more tokens, not {tokens}")
     if rows is not None and (decode or rows < 1):
         raise UsageError(f"codegen: of 1 or more rows a step that is no decode gives outputs, not of {rows}")
-    return _Composer(graph, dtype, tokens, page, decode, table or Table(""), rows, codes).program()
+    return _Composer(graph, dtype, tokens, page, decode, table or Table(""), rows, kv_group, codes).program()
 
 
 class _Composer:
@@ -82,6 +84,7 @@ class _Composer:
         decode: bool,
         table: Table,
         rows: int | None,
+        kv_group: int,
         codes: bool,
     ) -> None:
         self.graph = graph = split(graph)
@@ -94,7 +97,7 @@ class _Composer:
         self.codes = codes and dtype in EXPONENTS
         self.few = decode and tokens <= MOST_TOKENS  # whether products are kernels of few tokens
         nodes = [node for launch in self.launches for node in launch.nodes]
-        self.made = Program(dtype, tokens, page, self.tokens, decode, rows)
+        self.made = Program(dtype, tokens, page, self.tokens, decode, rows, kv_group=kv_group)
         self.tail = _tail(graph) if rows is not None else set[Node]()
         gathered = [node.inputs[0] for node in nodes if node.is_a("Gather")]
         self.tables = {
@@ -193,7 +196,7 @@ class _Composer:
         return x is not None and shape is not None and len(shape) == 2 and x.row == shape[:1]
 
     def _linear(self, launch: Launch) -> None:
-        found = product_of(launch, self.tokens, few=self.few)
+        found = product_of(launch, self.tokens, few=self.few, writes=self._writes)
         node, before = found.main, found.norm
         if self.codes and (format := quantized_of(found.weight)) is not None:
             self._of_codes(launch, found, format)
@@ -234,7 +237,7 @@ class _Composer:
             x = self._norm(before, scaled=True)
             x = self._selection(x, node) if node in self.tail else x
         # Codes are in the order of the kernel of few tokens, whoever reads them.
-        described = self._described(product_of(launch, self.tokens, few=True), None, None, {})
+        described = self._described(product_of(launch, self.tokens, few=True, writes=self._writes), None, None, {})
         described = replace(described, format=format, scale_dtype=scale_dtype(found.weight))
         held = {name: Weight(kind, found.weight, product=described) for name, kind in CODES.items()}
         if format.symmetric:
@@ -318,6 +321,10 @@ class _Composer:
 
     # Cache and attention
 
+    def _writes(self, write: Node, width: int) -> bool:
+        """Whether the kernel of a product can make the groups of the cache: whole ones lie in its programs."""
+        return not self.made.kv_group or self._rotary(write, width).group_pairs > 0
+
     def _rotary(self, write: Node, width: int) -> Rotary:
         past = write.inputs[-2]
         assert past is not None
@@ -329,16 +336,23 @@ class _Composer:
         turns = write.op == "rotary_cache_write"
         rotary_dim = write.attributes["rotary_dim"] if turns else 0
         interleaved = bool(write.attributes["interleaved"]) if turns else False
-        return Rotary(width // D - 2 * G, G, D, rotary_dim, self.made.page, interleaved, dtype=self.made.dtype)
+        return Rotary(
+            width // D - 2 * G, G, D, rotary_dim, self.made.page, interleaved, dtype=self.made.dtype,
+            kv_group=group_of(self.made.kv_group, D),
+        )  # fmt: skip
 
     def _written(self, write: Node, turning: Rotary) -> dict[str, Argument]:
         """The tensors of a cache write: tables, places and the cache."""
         state = self._state(write)
         tensors: dict[str, Argument] = {"positions": Input("positions"), "slot_mapping": Input("slot_mapping", state)}
-        tensors |= {"k_cache": Cached(state, "k"), "v_cache": Cached(state, "v")}
+        tensors |= dict(zip(turning.caches, self._cached(state), strict=True))
         if turning.rotary_dim:
             tensors |= self._rotary_tables(write)
         return tensors
+
+    def _cached(self, state: State) -> list[Argument]:
+        kinds: tuple[Held, ...] = ("k", "v", "k_scale", "v_scale")
+        return [Cached(state, which) for which in (kinds if self.made.kv_group else kinds[:2])]
 
     def _state(self, write: Node) -> State:
         past_k, past_v = write.inputs[-2:]
@@ -400,8 +414,9 @@ class _Composer:
             window,
             float(node.attributes["softcap"]),
             dtype=self.made.dtype,
+            kv_group=group_of(self.made.kv_group, state.head_dim),
         )
-        tensors: list[Argument] = [self._whole(q, node), Cached(state, "k"), Cached(state, "v")]
+        tensors: list[Argument] = [self._whole(q, node), *self._cached(state)]
         tensors += [Input("block_table", state), Input("context_lens")]
         if not self.decode:
             tensors += [Input("query_starts"), Input("longest")]

@@ -94,7 +94,7 @@ class Linear:
         if self.rotary is not None:
             names += ["q_norm_weight", "k_norm_weight"] * (self.head_norm_eps is not None)
             names += ["cos", "sin", "positions"] * (self.rotary.rotary_dim > 0)
-            names += ["slot_mapping", "k_cache", "v_cache"]
+            names += ["slot_mapping", *self.rotary.caches]
         return [*names, "y"]
 
 
@@ -147,24 +147,27 @@ def _check_rotary(what: Linear, rotary: Rotary, tiling: Tiling) -> None:
         raise UsageError(
             f"codegen: a norm of heads takes a head of {rotary.head_dim} a program, not {2 * tiling.BLOCK_N}"
         )
+    if rotary.kv_group and (not rotary.group_pairs or tiling.BLOCK_N % rotary.group_pairs):
+        raise UsageError(f"codegen: {tiling.BLOCK_N} pairs of rows hold no whole groups of {rotary.kv_group} channels")
 
 
 def default_tiling(what: Linear) -> Tiling:
     """A tiling that is good without a search: whole rows of W by wide loads, K in parts where there are few rows."""
     pairs = what.pairs or what.rotary is not None  # two rows of W for each of a program's columns
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
-    if what.tokens == 1 and (what.by_input or whole_head) and not what.rounds:
-        BLOCK_N, BLOCK_K = whole_head or 64, min(power_of_two(what.K), 64)
+    group = what.rotary.group_pairs if what.rotary is not None and what.rotary.kv_group else 0
+    if what.tokens == 1 and (what.by_input or whole_head or group) and not what.rounds:
+        BLOCK_N, BLOCK_K = whole_head or group or 64, min(power_of_two(what.K), 64)
         return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K, 400), num_warps=4, num_stages=1)
     if what.tokens == 1 and not what.rounds:
         BLOCK_K = min(power_of_two(what.K), 2048 if pairs else 4096)
         return Tiling(1, BLOCK_K, num_warps=max(BLOCK_K // 512, 1), num_stages=1)
     if what.rounds:
-        BLOCK_N, BLOCK_K, stages = whole_head or 64, 256 if what.tokens <= 32 else 128, 4
+        BLOCK_N, BLOCK_K, stages = whole_head or max(group, 64), 256 if what.tokens <= 32 else 128, 4
     elif what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
-        BLOCK_N, BLOCK_K, stages = whole_head or 16, 32, 4
+        BLOCK_N, BLOCK_K, stages = whole_head or max(group, 16), 32, 4
     else:
-        BLOCK_N, BLOCK_K, stages = whole_head or 64, *((128, 4) if what.tokens <= 32 else (64, 6))
+        BLOCK_N, BLOCK_K, stages = whole_head or max(group, 64), *((128, 4) if what.tokens <= 32 else (64, 6))
     BLOCK_K = max(min(power_of_two(what.K), BLOCK_K), 16)
     warps = 8 if whole_head and what.tokens > 32 else 4
     return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K, 132), num_warps=warps, num_stages=stages)
@@ -249,8 +252,8 @@ class Composition:
         details = (grid, *work.splitlines(), f"Products {how}, sums in float32, rounded once.")
         e = Emitter("linear", summary, details, {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages})
         for tensor in what.tensors:
-            if what.rotary and tensor in ("cos", "sin"):
-                e.pointer(tensor, element(what.rotary.table_dtype))
+            if what.rotary and tensor in ("cos", "sin", "positions", "slot_mapping", *what.rotary.caches):
+                e.pointer(tensor, what.rotary.kind(tensor))
             elif tensor in ("column_sums", "x_scales") or (tensor == "scales" and what.rounds):
                 e.pointer(tensor, "fp32")
             elif what.rounds and tensor in ("x", "weight"):
@@ -261,7 +264,7 @@ class Composition:
             elif tensor == "weight" and what.format is not None:
                 e.pointer(tensor, "i32")
             else:
-                e.pointer(tensor, "i32" if tensor in ("positions", "slot_mapping") else element(what.dtype))
+                e.pointer(tensor, element(what.dtype))
         if tiling.splits > 1:
             e.pointer("partial", "fp32")
             e.pointer("arrived", "i32")

@@ -27,7 +27,7 @@ class Weight:
     `linear`: `base` [K, N] as [N, K], its columns times `scale` [K]. `column_sums`: the sums over K of such a linear, float32.
     `bias`: `base` [N] (none: zeros), plus `shift` [K] @ `linear` [K, N]. `vector`: as it is. `table`: the rows `start`, ... of
     `base`. `cos`, `sin`: of positions `start`, ... times `base` [R] frequencies, times `factor`, float32. `codes`, `scales`,
-    `zeros`: of a quantized `base`, as the kernel of `product` reads them. `eights`, `row_scales`: of a `base` of eight bits, the
+    `zeros`: of a quantized `base`, as the kernel of `product` reads them. `eights`, `row_scales`: of one of eight bits, the
     numbers [N, K], int8 or E4M3, and their scales [N], float32.
     """
 
@@ -94,7 +94,7 @@ class Scratch:
 
 @dataclass(eq=False)
 class State:
-    """The keys and values of one layer, [pages, page, G, Dh] each; a layer with a window never looks further back."""
+    """The keys and values of one layer, [pages, page, G, Dh] each; one with a window never looks further back."""
 
     past: tuple[str, str]  # names of the graph's inputs
     kv_heads: int
@@ -110,12 +110,15 @@ class Input:
     state: State | None = None
 
 
+Held = Literal["k", "v", "k_scale", "v_scale"]
+
+
 @dataclass(frozen=True)
 class Cached:
-    """The keys or the values of a state."""
+    """The keys or the values of a state, or their scales, [pages, G, Dh / group, page] float16."""
 
     state: State
-    which: Literal["k", "v"]
+    which: Held
 
 
 Argument = Weight | Rows | Part | Input | Cached | Scratch
@@ -151,6 +154,7 @@ class Program:
     steps: list[Step] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     outputs: dict[str, Rows | Part] = field(default_factory=dict)
+    kv_group: int = 0  # channels that have a scale between them in pages of int8; 0: pages have the program's dtype
 
     @property
     def kernels(self) -> list[Kernel]:

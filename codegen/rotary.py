@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fuser.codegen.kernel import Emitter, Kernel, element, power_of_two
+from fuser.codegen.kv_groups import checked_group, group_constants, quantizes
 from fuser.errors import UsageError
 
 
@@ -12,7 +13,7 @@ class Rotary:
 
     The first `rotary_dim` channels (perhaps none) of every head of q and k turn by the angles of the token's position;
     pairs are (i, i + R), or (2i, 2i + 1) when interleaved. Keys and values go to the token's slot: given, or with
-    `by_block_table` looked up.
+    `by_block_table` looked up. With `kv_group` they are int8 there: by groups of so many channels of a head, a scale each.
     """
 
     heads: int
@@ -24,13 +25,45 @@ class Rotary:
     by_block_table: bool = False
     dtype: str = "bf16"
     table_dtype: str = "fp32"
+    kv_group: int = 0
 
     @property
     def tensors(self) -> list[str]:
         """The kernel's tensors, in the order of `launch`."""
         where = ["sequences", "block_table"] if self.by_block_table else ["slot_mapping"]
         tables = ["cos", "sin"] * (self.rotary_dim > 0)
-        return ["q", "k", "v", *tables, "positions", *where, "turned", "k_cache", "v_cache"]
+        return ["q", "k", "v", *tables, "positions", *where, "turned", *self.caches]
+
+    @property
+    def caches(self) -> list[str]:
+        """The tensors that hold keys and values."""
+        return ["k_cache", "v_cache", *["k_scale", "v_scale"] * bool(self.kv_group)]
+
+    @property
+    def group_pairs(self) -> int:
+        """How many pairs of channels, one after another, hold whole groups of the cache; 0: no number of them does.
+
+        Pairs are those that turn together, as a projection takes them.
+        """
+        D, R = self.head_dim, self.rotary_dim // 2
+        if self.is_group_of_pairs:
+            pairs = self.kv_group // 2
+        else:
+            pairs = self.kv_group if R % self.kv_group == 0 and D // 2 % self.kv_group == 0 else 0
+        return pairs if power_of_two(pairs) == pairs else 0
+
+    @property
+    def is_group_of_pairs(self) -> bool:
+        """Whether both channels of a pair are of one group."""
+        return self.interleaved or self.kv_group == self.head_dim
+
+    def kind(self, tensor: str) -> str:
+        """The element type of a tensor, as Triton names it."""
+        if tensor in ("positions", "slot_mapping", "sequences", "block_table"):
+            return "i32"
+        if self.kv_group and tensor in self.caches:
+            return "i8" if tensor.endswith("cache") else "fp16"
+        return element(self.table_dtype if tensor in ("cos", "sin") else self.dtype)
 
 
 def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) -> Kernel:
@@ -39,7 +72,10 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     launch(q, k, v, cos, sin, positions, slot_mapping | sequences, block_table, turned, k_cache, v_cache): q [tokens, H Dh],
     k, v [tokens, G Dh], rows perhaps strided (parts of one product); cos, sin [positions, R] of `table_dtype`; positions,
     slot_mapping, sequences [tokens] int32; block_table [sequences, blocks] int32; turned [tokens, H, Dh]; the caches
-    [blocks, page, G, Dh]. A token of slot -1 (of sequence -1) is written nowhere, its query is turned.
+    [blocks, page, G, Dh]. A token of slot -1 (of sequence -1) is written nowhere, its query is turned. With `kv_group` the
+    caches are int8, and k_scale, v_scale [blocks, G, Dh / kv_group, page] float16 follow them, a page's scales of one group
+    side by side for who reads them: a group's scale is its largest absolute value / 127, a code the nearest to x / scale;
+    of a group that is not finite the scale is NaN.
 
     Raises:
         UsageError: heads, widths or dtypes that cannot be.
@@ -59,13 +95,12 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
             f"One program turns {BLOCK_H} heads of one token, {what.rotary_dim} of {what.head_dim} channels, pairs "
             + ("(2i, 2i + 1)," if what.interleaved else f"(i, i + {R}),"),
             f"and writes keys and values to their slot, which is {slot}. In float32, rounded once.",
+            *[f"They are int8, by groups of {what.kv_group} channels."] * bool(what.kv_group),
         ),
         {"num_warps": num_warps, "num_stages": 1},
     )
     for name in what.tensors:
-        dtype = what.table_dtype if name in ("cos", "sin") else what.dtype
-        integers = name in ("positions", "slot_mapping", "sequences", "block_table")
-        e.pointer(name, "i32" if integers else element(dtype))
+        e.pointer(name, what.kind(name))
     strides = ["q_stride", "k_stride", "v_stride", *["table_stride"] * what.by_block_table]
     for name in strides:
         e.integer(name)
@@ -74,6 +109,9 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
     rest = what.head_dim - what.rotary_dim
     if rest:
         e.constant(BLOCK_REST=power_of_two(rest))
+    if checked_group(what.kv_group, what.head_dim):
+        group_constants(e, what.kv_group, what.head_dim)
+        quantizes(e)
     e.begin(waits=True)
     e.add("token = tl.program_id(0).to(tl.int64)")
     if R or what.by_block_table:
@@ -101,10 +139,13 @@ def rotary_cache_write(what: Rotary, *, BLOCK_H: int = 4, num_warps: int = 2) ->
             e.add("slot = tl.load(slot_mapping + token).to(tl.int64)")
             with e.block("if slot < 0:"):
                 e.add("return")
-        _turn(e, what, "k + token * k_stride", "k_cache + slot * (G * D)", "G")
-        e.add("d = tl.arange(0, BLOCK_D)[None, :]", "whole = (h < G) & (d < D)")
-        e.add("value = tl.load(v + token * v_stride + h * D + d, mask=whole)")
-        e.add("tl.store(v_cache + slot * (G * D) + h * D + d, value, mask=whole)")
+        if what.kv_group:
+            _write_groups(e, what)
+        else:
+            _turn(e, what, "k + token * k_stride", "k_cache + slot * (G * D)", "G")
+            e.add("d = tl.arange(0, BLOCK_D)[None, :]", "whole = (h < G) & (d < D)")
+            e.add("value = tl.load(v + token * v_stride + h * D + d, mask=whole)")
+            e.add("tl.store(v_cache + slot * (G * D) + h * D + d, value, mask=whole)")
     given = [*what.tensors, "q.stride(0)", "k.stride(0)", "v.stride(0)"]
     given += ["block_table.stride(0)"] * what.by_block_table
     e.host += [
@@ -138,6 +179,43 @@ def _turn(e: Emitter, what: Rotary, source: str, target: str, heads: str) -> Non
         )
 
 
+def _write_groups(e: Emitter, what: Rotary) -> None:
+    """Keys, turned, and values of heads `h` as int8 by groups: tiles [heads, groups, channels]."""
+    e.add(
+        "head = h[:, :, None]",
+        "group = tl.arange(0, BLOCK_GROUPS)[None, :, None]",
+        "w = tl.arange(0, BLOCK_W)[None, None, :]",
+        "d = group * W + w",
+        "held = (head < G) & (group < GROUPS) & (w < W)",
+        "x = tl.load(k + token * k_stride + head * D + d, mask=held, other=0.0).to(tl.float32)",
+    )
+    if what.rotary_dim:
+        if what.interleaved:
+            first, other, angle = "d % 2 == 0", "d ^ 1", "d // 2"
+        else:
+            first, other, angle = "d < R", "tl.where(d < R, d + R, d - R)", "d % R"
+        e.add(
+            "turns = held & (d < 2 * R)",
+            f"other = tl.load(k + token * k_stride + head * D + ({other}), mask=turns, other=0.0).to(tl.float32)",
+            f"angle = position * R + {angle}",
+            "key_cosine = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)",
+            "key_sine = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)",
+            f"x = x * key_cosine + tl.where({first}, -other, other) * key_sine",
+        )
+    _store_groups(e, "k")
+    e.add("x = tl.load(v + token * v_stride + head * D + d, mask=held, other=0.0).to(tl.float32)")
+    _store_groups(e, "v")
+
+
+def _store_groups(e: Emitter, side: str) -> None:
+    e.add(
+        "scale = scale_of(tl.max(magnitude(x), 2, keep_dims=True))",
+        f"tl.store({side}_cache + slot * (G * D) + head * D + d, codes_of(x, scale), mask=held)",
+        f"place = {side}_scale + slot // PAGE * (G * GROUPS * PAGE) + slot % PAGE",
+        "tl.store(place + (head * GROUPS + group) * PAGE, scale, mask=(head < G) & (group < GROUPS))",
+    )
+
+
 def rotary_epilogue(e: Emitter, rotary: Rotary, head_norm_eps: float | None, *, dot: bool, ragged: bool) -> None:
     """What follows a projection's sums a and b, pairs of channels of one head: norm, turn, and where they are stored."""
     row, column = ("[None, :]", "[:, None]") if dot else ("", "")
@@ -165,14 +243,49 @@ def rotary_epilogue(e: Emitter, rotary: Rotary, head_norm_eps: float | None, *, 
     if rotary.rotary_dim:
         turned_a, turned_b = _turned(e, rotary, dot=dot)
     kept = f" & (slot >= 0){row}"
-    for target, first, mask, start in (
-        ("y", "", f"is_query{column}{' & m_inside[None, :]' if dot else ''}", f"m{row} * (H * D)"),
-        ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)"),
-        ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)"),
+    stored = turned_a, turned_b
+    if rotary.kv_group:
+        _groups_of_pairs(e, rotary, turned_a, turned_b, dot=dot)
+        stored = "codes_of(a, scale_a)", "codes_of(b, scale_b)"
+    for target, first, mask, start, values in (
+        (
+            "y",
+            "",
+            f"is_query{column}{' & m_inside[None, :]' if dot else ''}",
+            f"m{row} * (H * D)",
+            (turned_a, turned_b),
+        ),
+        ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)", stored),
+        ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)", stored),
     ):
-        for side, value in (("a", turned_a), ("b", turned_b)):
+        for side, value in zip("ab", values, strict=True):
             channel = f"({side}_row{first}){column}" if first and dot else f"{side}_row{column}{first}"
             e.add(f"tl.store({target} + {start} + {channel}, {value}, mask={mask})")
+    if rotary.kv_group:
+        e.add(f"place = (slot // PAGE * (G * GROUPS * PAGE) + slot % PAGE){row}")
+        for target, first, mask in (("k_scale", "H", "is_key"), ("v_scale", "(H + G)", "is_value")):
+            for side in "a" if rotary.is_group_of_pairs else "ab":  # the first channel of a group stores its scale
+                begins = f"({mask} & ({side}_row % W == 0)){column}{kept}"
+                group = f"({side}_row // W - {first} * GROUPS){column}"
+                e.add(f"tl.store({target} + place + {group} * PAGE, scale_{side}, mask={begins})")
+
+
+def _groups_of_pairs(e: Emitter, rotary: Rotary, turned_a: str, turned_b: str, *, dot: bool) -> None:
+    """The scales of the groups that pairs a and b are of, in the pairs' own arrangement."""
+    e.constant(PAGE=rotary.page, GROUPS=rotary.head_dim // rotary.kv_group, W=rotary.kv_group, PAIRS=rotary.group_pairs)
+    quantizes(e)
+    tile, whole = f"[BLOCK_N // PAIRS, PAIRS{', BLOCK_M' * dot}]", f"[BLOCK_N{', BLOCK_M' * dot}]"
+    e.add(*(f"{side} = {turned}" for side, turned in (("a", turned_a), ("b", turned_b)) if side != turned))
+    bits = {side: f"magnitude({side})" for side in "ab"}
+    if rotary.is_group_of_pairs:
+        bits = {"a": "tl.maximum(magnitude(a), magnitude(b))"}
+    for side, found in bits.items():
+        e.add(
+            f"scale = scale_of(tl.max(tl.reshape({found}, {tile}), 1, keep_dims=True))",
+            f"scale_{side} = tl.reshape(tl.broadcast_to(scale, {tile}), {whole})",
+        )
+    if rotary.is_group_of_pairs:
+        e.add("scale_b = scale_a")
 
 
 def _turned(e: Emitter, rotary: Rotary, *, dot: bool) -> tuple[str, str]:

@@ -20,9 +20,11 @@ class Shape:
     G: int
     Dh: int = 128
 
-    def linears(self, tokens: int, dtype: str = "bf16", format: Format | None = None) -> Iterator[tuple[str, Linear]]:
+    def linears(
+        self, tokens: int, dtype: str = "bf16", kv_group: int = 0, format: Format | None = None
+    ) -> Iterator[tuple[str, Linear]]:
         """The products of a decode step, as they are launched."""
-        rotary = Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype)
+        rotary = Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype, kv_group=kv_group)
         width = (self.H + 2 * self.G) * self.Dh
         norm: dict[str, Any] = {} if format is not None else {"norm": "rms", "norm_eps": 1e-5}
         before = "norm+" if norm else ""

@@ -24,6 +24,12 @@ from fuser.errors import FuserError, OutputError
 
 Choice = Mapping[str, int]
 SHIPPED = Path(__file__).parent / "tables"
+# Of decode: keys a step, warps, stages. Steps over int8 hold half the bytes, so more of them are on their way.
+OF_FLOATS = ((16, 1, 8), (32, 1, 6), (16, 2, 8), (64, 2, 4), (32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3))
+OF_INT8 = (
+    (32, 1, 6), (32, 1, 8), (32, 1, 10), (16, 1, 8), (16, 1, 12), (64, 2, 4), (64, 2, 6), (64, 4, 6), (64, 4, 4), (32, 2, 8),
+    (128, 4, 4), (128, 4, 6),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,7 @@ class Problem:
     def _of_decode(self, what: Attention) -> Iterator[Choice]:
         groups = self.sequences * what.kv_heads
         keys = min(self.tokens, what.window or self.tokens)
-        for BLOCK_T, warps, stages in (
-            (16, 1, 8), (32, 1, 6), (16, 2, 8), (64, 2, 4), (32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3),
-        ):  # fmt: skip
+        for BLOCK_T, warps, stages in OF_INT8 if what.kv_group else OF_FLOATS:
             counts = {max(1, min(programs // groups, -(-keys // BLOCK_T))) for programs in (132, 264, 396, 528, 1056)}
             for splits in sorted(counts | {1} if groups >= 128 else counts):
                 yield {"splits": splits, "BLOCK_T": BLOCK_T, "num_warps": warps, "num_stages": stages}
@@ -160,10 +164,11 @@ def _tilings_of_codes(what: Linear, whole_head: int) -> Iterator[Tiling]:
 
 def _tilings(what: Linear) -> Iterator[Tiling]:
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
-    if what.format is not None:
+    group = what.rotary.group_pairs if what.rotary is not None and what.rotary.kv_group else 0
+    if what.format is not None and not what.rounds:
         yield from _tilings_of_codes(what, whole_head)
         return
-    if what.tokens == 1 and not whole_head:
+    if what.tokens == 1 and not whole_head and not group:
         for rows in (1, 2, 4):
             for columns, warps in (
                 (512, 1),
@@ -180,7 +185,7 @@ def _tilings(what: Linear) -> Iterator[Tiling]:
         return
     if what.tokens == 1:
         for columns, parts, warps in ((64, 8, 4), (64, 4, 4), (128, 8, 8), (32, 8, 4), (64, 16, 4)):
-            yield Tiling(whole_head, columns, parts, warps, 1)
+            yield Tiling(whole_head or group, columns, parts, warps, 1)
         return
     for rows, columns, parts, warps, stages in (
         (64, 128, 1, 4, 4), (64, 128, 2, 4, 4), (64, 64, 1, 4, 6), (64, 64, 2, 4, 6), (64, 64, 1, 4, 8), (64, 128, 4, 4, 4),
@@ -188,14 +193,14 @@ def _tilings(what: Linear) -> Iterator[Tiling]:
         (64, 256, 1, 8, 3), (64, 256, 2, 8, 3), (128, 64, 1, 4, 5), (128, 64, 2, 4, 5), (128, 128, 2, 8, 3), (64, 128, 3, 4, 4),
         (64, 128, 1, 8, 4), (64, 128, 1, 4, 5),
     ):  # fmt: skip
-        if not whole_head or rows == whole_head:
+        if rows == whole_head or (not whole_head and rows % (group or 1) == 0):
             yield Tiling(rows, columns, parts, warps, stages)
 
 
 def _of_prefill(what: Attention) -> Iterator[Choice]:
     for BLOCK_M, BLOCK_T, warps, stages in (
         (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
-        (64, 32, 4, 4), (128, 32, 4, 4),
+        (64, 32, 4, 4), (128, 32, 4, 4), (128, 32, 8, 3), (64, 32, 8, 3),
     ):  # fmt: skip
         yield {"BLOCK_M": BLOCK_M, "BLOCK_T": BLOCK_T, "num_warps": warps, "num_stages": stages}
 

@@ -9,6 +9,7 @@ import onnx
 from fuser.codegen import emit
 from fuser.codegen.compose import compose
 from fuser.codegen.kernel import element
+from fuser.codegen.kv_groups import kv_group_of
 from fuser.codegen.linear import MOST_TOKENS
 from fuser.codegen.plan import REGIMES, Launch, plan
 from fuser.codegen.program import Program
@@ -64,14 +65,18 @@ class FusedModel:
         prefill = compose(self.graph, dtype=dtype, tokens=PREFILL_TOKENS, decode=False)
         emit.emit(folder, [self.program(dtype=dtype, tokens=tokens), prefill], context=context)
 
-    def program(self, *, dtype: str = "bf16", tokens: int = 1) -> Program:
+    def program(self, *, dtype: str = "bf16", tokens: int = 1, kv_cache: str = "auto") -> Program:
         """The kernels of a decode step over paged caches, for at most `tokens` (1 to 64) sequences of a new token each.
 
+        Args:
+            kv_cache: the element type of keys and values: auto (that of dtype), int8, or int8:GROUP.
+
         Raises:
-            UsageError: another number of tokens, an unknown dtype.
+            UsageError: another number of tokens, an unknown dtype or kind of cache.
             UnsupportedOperator: a node that no step over pages computes.
         """
-        return compose(self.graph, dtype=dtype, tokens=tokens, decode=True)
+        kv_group = kv_group_of(kv_cache, dtype)
+        return compose(self.graph, dtype=dtype, tokens=tokens, decode=True, kv_group=kv_group)
 
     def explain(self, *, everything: bool = False) -> str:
         """By layer what was fused, and why the rest was not, the likeliest reasons first.

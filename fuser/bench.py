@@ -44,6 +44,7 @@ DECODE = (
     ((32, 32), 1, 512, 16), ((32, 32), 64, 512, 16), ((32, 32), 64, 512, 64), ((32, 8), 64, 4096, 16),
     ((32, 8), 1, 4096, 16), ((32, 8), 1, 32768, 16), ((32, 32), 16, 4096, 16),
 )  # fmt: skip
+DECODE_INT8 = (*(work for work in DECODE if work[3] == 16), ((32, 32), 64, 4096, 16))
 
 
 @dataclass
@@ -73,6 +74,13 @@ def works(table: Table) -> Iterator[Work]:
         attend = Attention(H, G, 128, 128**-0.5, page)
         trial = attention_trial(attend, B, T, decode=True)
         yield chosen(f"decode {H}/{G} B{B} x {T} page {page}", Problem(attend, B, T), trial, *trial.peers)
+    for group in (64, 128):
+        for (H, G), B, T, page in DECODE_INT8:
+            attend = Attention(H, G, 128, 128**-0.5, page, kv_group=group)
+            trial = attention_trial(attend, B, T, decode=True)
+            yield chosen(
+                f"decode int8:{group} {H}/{G} B{B} x {T} page {page}", Problem(attend, B, T), trial, *trial.peers
+            )
     for rows in (1, 64, 512, 4096):
         skip = norm("rms", 4096, eps=1e-5, skip=True)
         yield chosen(f"skip_rms_norm {rows}x4096", Problem(skip), rows_trial(skip, rows, _skip_norm))
@@ -80,8 +88,10 @@ def works(table: Table) -> Iterator[Work]:
         gated = gate(11008, activation="silu")
         yield chosen(f"silu gate {rows}x11008", Problem(gated), rows_trial(gated, rows, _silu_gate))
     for tokens in (1, 64, 4096):
-        turning = Rotary(32, 32, 128, 128)
-        yield chosen(f"rotary+cache write {tokens}", Problem(turning), rotary_trial(turning, tokens))
+        for group in (0, 64):
+            turning = Rotary(32, 32, 128, 128, kv_group=group)
+            name = f"rotary+cache write {tokens}{f' int8:{group}' if group else ''}"
+            yield chosen(name, Problem(turning), rotary_trial(turning, tokens))
     for B, S in ((1, 4096), (8, 2048)):
         attend = Attention(32, 8, 128, 128**-0.5, 16)
         trial = attention_trial(attend, B, S, decode=False)

@@ -162,6 +162,9 @@ class Emission:
 
 Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
 Dims = Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="Fix a named dim of the inputs.")]
+KvCache = Annotated[
+    str, typer.Option(help="Element type of keys and values: auto (that of dtype), int8, or int8:GROUP (32, 64, 128).")
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of internal errors.")]
 
 
@@ -279,6 +282,7 @@ def tune(
     shapes: Annotated[str, typer.Option(help="Well-known models to tune for.")] = "llama-2-7b,llama-3-8b",
     tokens: Annotated[str, typer.Option(help="Tokens of the decode steps.")] = "1,16,64",
     dtype: Annotated[str, typer.Option(help="Element type: bf16, fp16 or fp32.")] = "bf16",
+    kv_cache: KvCache = "auto",
     seconds: Annotated[float, typer.Option(help="The time that may be taken.")] = 300.0,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
     verbose: Verbose = False,
@@ -289,15 +293,17 @@ def tune(
     """
     with _failing(quiet=quiet, verbose=verbose) as (console, progress):
         from fuser import tuning
+        from fuser.codegen.kv_groups import kv_group_of
 
         counts = _counts(tokens)
         if model is None:
-            problems = tuning.standard(counts, dtype, [name.strip() for name in shapes.split(",")])
+            group = kv_group_of(kv_cache, dtype)
+            problems = tuning.standard(counts, dtype, [name.strip() for name in shapes.split(",")], group)
         else:
             from fuser import api
 
             fused = api.fuse(model, target="functions", verify=False, progress=progress)
-            programs = [fused.program(dtype=dtype, tokens=count) for count in counts]
+            programs = [fused.program(dtype=dtype, tokens=count, kv_cache=kv_cache) for count in counts]
             problems = [problem for program in programs for problem in tuning.of_program(program)]
         progress.stop()
         say = (lambda text: None) if quiet else (lambda text: console.print(_line(text), markup=False))
@@ -318,6 +324,7 @@ def bench(
     device: Annotated[
         str | None, typer.Option(help="Of a model: where it runs; by default a GPU that is there.")
     ] = None,
+    kv_cache: KvCache = "auto",
     only: Annotated[str, typer.Option(help="Of kernels: only what has this in its name.")] = "",
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Of kernels: measure torch.compile too.")
@@ -345,8 +352,9 @@ def bench(
 
         batches = _counts(batch, "--batch", 1024)
         llm = LLM(
-            model, dtype=dtype, device=device, max_sequences=max(batches), prefix_caching=False, progress=progress
-        )
+            model, dtype=dtype, device=device, kv_cache=kv_cache, max_sequences=max(batches), prefix_caching=False,
+            progress=progress,
+        )  # fmt: skip
         progress.stop()
         throughput.main(llm, batches, context=context, steps=steps, as_json=as_json)
 
@@ -371,6 +379,7 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="Where it runs; by default a GPU that is there, else the CPU.")
     ] = None,
+    kv_cache: KvCache = "auto",
     stats: Annotated[
         bool, typer.Option("--stats", help="Say on stderr how long it took, and what the cache held.")
     ] = False,
@@ -399,7 +408,7 @@ def generate(
             stop=stop or (),
             n=n,
         )
-        llm = LLM(model, dtype=dtype, device=device, progress=progress)
+        llm = LLM(model, dtype=dtype, device=device, kv_cache=kv_cache, progress=progress)
         progress.stop()
         say = (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))
         found = generating.generate(llm, prompts, params, say)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fuser.codegen.kv_groups import kv_group_of
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.formats import Format
 from fuser.padded import PaddedRunner
@@ -106,6 +107,7 @@ class LLM:
             ragged.
         statistics: what steps did.
         max_length: the most tokens of a sequence, prompt and output.
+        kv_group: channels of a head that have a scale between them in a cache of int8; 0: the cache is of `dtype`.
     """
 
     def __init__(
@@ -120,7 +122,8 @@ class LLM:
             model: an ONNX file, a Hugging Face folder, a model of transformers, or what `fuser.compile` made of one.
             dtype: bf16, fp16 or fp32, of weights, activations and cache; by default the model's own, on the CPU fp32.
             device: by default the model's if it is on a GPU, else a GPU that is there, else the CPU.
-            kv_cache: the element type of keys and values; auto: `dtype`.
+            kv_cache: the element type of keys and values; auto: `dtype`. int8: by groups of 64 channels of a head, or of all
+                if there are less, with a scale each; int8:32 and int8:128: by other groups.
             page_size: tokens of a page.
             max_tokens_in_flight: the most tokens that the cache holds; by default what memory allows.
             memory_fraction: of the device's memory, how much weights, cache and work may take together.
@@ -147,8 +150,7 @@ class LLM:
         self.dtype = dtype or ("fp32" if self.device.type == "cpu" else dtype_of(source.graph))
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype must be {', '.join(DTYPES)}, got {dtype!r}")
-        if kv_cache not in ("auto", self.dtype):
-            raise UsageError(f"kv_cache must be auto or {self.dtype}, got {kv_cache!r}")
+        self.kv_group = kv_group_of(kv_cache, self.dtype)
         for name, value, least in (
             ("page_size", page_size, 1), ("max_sequences", max_sequences, 1), ("max_tokens_in_flight", max_tokens_in_flight, 1),
             ("max_length", max_length, 1), ("max_step_tokens", max_step_tokens, 1),
@@ -168,6 +170,10 @@ class LLM:
         try:
             runner, pool = self._paged(source, sizing, step_tokens, max_sequences, prefix_caching, note)
         except UnsupportedOperator as reason:
+            if self.kv_group:
+                raise UsageError(
+                    f"kv_cache {kv_cache} needs steps over pages; this model runs by its graph, on padded batches: {reason}"
+                ) from None
             self.padded = str(reason)
             runner, pool = self._padded(source, sizing, prefix_caching)
         self.runner = runner
@@ -191,6 +197,7 @@ class LLM:
             page=sizing.page,
             positions=self.max_length,
             kernels=kernels,
+            kv_group=self.kv_group,
         )
         if stepper.most_positions < self.max_length:
             if self._is_length_given:

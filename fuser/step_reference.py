@@ -16,6 +16,7 @@ from fuser.codegen.elementwise import NORMS, Computed, Elementwise, Row
 from fuser.codegen.embedding import Embedding
 from fuser.codegen.rotary import Rotary
 from fuser.errors import UnsupportedOperator
+from fuser.runtime.kv_groups import dequantized, quantized
 
 Launch = Callable[..., None]
 
@@ -110,13 +111,20 @@ def rotary(what: Rotary) -> Launch:
         given = dict(zip(names, tensors, strict=True))
         positions, slots = given["positions"].long(), given["slot_mapping"].long()
         q, k, v = (given[name].reshape(len(positions), -1, D) for name in "qkv")
+        if what.kv_group:
+            k = k.float()  # rounded once
         if what.rotary_dim:
             cos, sin = (given[name][positions][:, None] for name in ("cos", "sin"))
             q, k = (_turned(x, cos, sin, what) for x in (q, k))
         given["turned"].view(-1, what.heads, D).copy_(q)
         kept = slots >= 0
-        for name, rows in (("k_cache", k), ("v_cache", v)):
-            given[name].flatten(0, 1)[slots[kept]] = rows[kept].to(given[name].dtype)
+        for name, rows in (("k", k), ("v", v)):
+            cache, made = given[f"{name}_cache"], rows[kept]
+            if what.kv_group:
+                made, scales = quantized(made, what.kv_group)
+                page, offset = slots[kept] // what.page, slots[kept] % what.page
+                given[f"{name}_scale"][page, :, :, offset] = scales
+            cache.flatten(0, 1)[slots[kept]] = made.to(cache.dtype)
 
     return launch
 
@@ -136,10 +144,9 @@ def attention(what: Attention) -> Launch:
         raise UnsupportedOperator("no reference kernel computes attention with slopes or sinks")
     G, D = what.kv_heads, what.head_dim
 
-    def launch(
-        q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, query_starts: Tensor,
-        longest: int, y: Tensor,
-    ) -> None:  # fmt: skip
+    def launch(q: Tensor, *tensors: Any) -> None:
+        caches, scales = tensors[:2], tensors[2:4] if what.kv_group else (None, None)
+        block_table, context_lens, query_starts, _, y = tensors[len(what.caches) :]
         starts = query_starts.tolist()
         for row, context in enumerate(context_lens.tolist()):
             first, last = starts[row], starts[row + 1]
@@ -149,7 +156,11 @@ def attention(what: Attention) -> Launch:
             oldest = max(context - count + 1 - what.window, 0) // what.page if what.window else 0
             pages = block_table[row, oldest : -(-context // what.page)]
             begin = oldest * what.page
-            keys, values = (cache[pages].flatten(0, 1)[: context - begin].float() for cache in (k_cache, v_cache))
+            keys, values = (
+                (cache[pages].float() if scale is None else dequantized(cache[pages], scale[pages])).flatten(0, 1)
+                for cache, scale in zip(caches, scales, strict=True)
+            )
+            keys, values = keys[: context - begin], values[: context - begin]
             queries = q[first:last].view(count, G, what.group, D).float()
             scores = torch.einsum("sghd,tgd->ghst", queries, keys) * what.scale
             if what.softcap:

@@ -14,6 +14,7 @@ from fuser.codegen.arrangement import Arrangement, Tokens, arrangement
 from fuser.codegen.compose import compose
 from fuser.codegen.compose_linear import quantized_parts
 from fuser.codegen.embedding import Embedding
+from fuser.codegen.kv_groups import group_of
 from fuser.codegen.program import INPUTS, Argument, Cached, Input, Part, Program, Rows, Scratch, State, Step, Weight
 from fuser.codegen.quantized import sides_of
 from fuser.codegen.tuning import table_of
@@ -122,7 +123,7 @@ class Stepper:
 
     def __init__(
         self, graph: Graph, *, dtype: str, device: torch.device | str, pages: int | None = None, page: int = 16,
-        positions: int = 4096, kernels: Literal["triton", "reference"] = "triton",
+        positions: int = 4096, kernels: Literal["triton", "reference"] = "triton", kv_group: int = 0,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -131,8 +132,10 @@ class Stepper:
             pages: of the cache, of `page` tokens each, one block table for all layers; by default `allocate` makes them.
             positions: the longest sequence.
             kernels: emitted ones, or what they compute by torch.
+            kv_group: channels of a head that have a scale between them in a cache of int8; 0: the cache is of `dtype`.
         """
         self.graph, self.dtype, self.page, self.kernels = graph, dtype, page, kernels
+        self.kv_group = kv_group
         self.device = torch.device(device)
         self.weights = Weights(self.device, dtype, positions)
         self.caches: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -153,7 +156,7 @@ class Stepper:
         if key not in self._programs:
             self._programs[key] = compose(
                 self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode, table=self.table, rows=rows,
-                codes=self.kernels == "triton",
+                kv_group=self.kv_group, codes=self.kernels == "triton",
             )  # fmt: skip
         return self._programs[key]
 
@@ -184,8 +187,23 @@ class Stepper:
 
     def page_bytes(self, groups: Sequence[Group]) -> int:
         """Bytes of one page."""
-        size = DTYPES[self.dtype].itemsize * self.page * 2
-        return sum(size * kv_heads * head_dim for _, kv_heads, head_dim in self._slots(groups))
+        return sum(self.page * self.token_bytes(states[0]) for states in self._slots(groups).values())
+
+    def token_bytes(self, state: State) -> int:
+        """Bytes of a token's keys and values in one layer, with their scales."""
+        made = self._pages(state, 1, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in made.values()) // self.page
+
+    def _pages(self, state: State, pages: int, device: torch.device) -> dict[str, Tensor]:
+        """A layer's keys and values, zeros, and scales where they are int8."""
+        shape = (pages, self.page, state.kv_heads, state.head_dim)
+        dtype = torch.int8 if self.kv_group else DTYPES[self.dtype]
+        made = {which: torch.zeros(shape, dtype=dtype, device=device) for which in "kv"}
+        if self.kv_group:
+            groups = state.head_dim // group_of(self.kv_group, state.head_dim)
+            scales = (pages, state.kv_heads, groups, self.page)
+            made |= {f"{which}_scale": torch.zeros(scales, dtype=torch.float16, device=device) for which in "kv"}
+        return made
 
     def _slots(self, groups: Sequence[Group]) -> dict[tuple[int, int, int], list[State]]:
         """The states that have one tensor between them: at most one of a group."""
@@ -209,8 +227,7 @@ class Stepper:
         for i, group in enumerate(groups):
             self.groups |= {self.states[layer].past: i for layer in group.layers}
         for states in self._slots(groups).values():
-            shape = (pages, self.page, states[0].kv_heads, states[0].head_dim)
-            made = {which: torch.zeros(shape, dtype=DTYPES[self.dtype], device=self.device) for which in "kv"}
+            made = self._pages(states[0], pages, self.device)
             self.caches |= {state.past: made for state in states}
 
     def bound(self, tokens: int, *, decode: bool, rows: int | None = None) -> "Bound":

@@ -92,8 +92,7 @@ def _bytes(llm: LLM, batch: int, context: int) -> int:
         stepper.weights[weight].numel() * stepper.weights[weight].element_size()
         for weight in held.values() if weight.kind not in ("table", "cos", "sin")
     )  # fmt: skip
-    size = next(iter(stepper.caches.values()))["k"].element_size()
-    cached = sum(2 * s.kv_heads * s.head_dim * size * min(context, s.window or context) for s in stepper.states)
+    cached = sum(stepper.token_bytes(s) * min(context, s.window or context) for s in stepper.states)
     return weights + batch * cached
 
 
@@ -103,14 +102,19 @@ def main(llm: LLM, batches: Sequence[int], *, context: int, steps: int, as_json:
     name = torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else "CPU"
     if not as_json:
         told = f"; copy {rate / 1e9:.0f} GB/s" if rate else ""
-        print(f"{name}, torch {torch.__version__}, {llm.dtype}{told}\n{HEADER}", flush=True)
+        kept = f", keys and values int8 by {llm.kv_group}" if llm.kv_group else ""
+        print(f"{name}, torch {torch.__version__}, {llm.dtype}{kept}{told}\n{HEADER}", flush=True)
     found = []
     for measured in measure(llm, batches, context=context, steps=steps):
         found.append(asdict(measured))
         if not as_json:
             print(text(measured, rate), flush=True)
     if as_json:
-        print(json.dumps({"device": name, "copy_bytes_per_s": rate, "measured": found}, indent=2))
+        print(
+            json.dumps(
+                {"device": name, "kv_group": llm.kv_group, "copy_bytes_per_s": rate, "measured": found}, indent=2
+            )
+        )
 
 
 def text(found: Measured, rate: float | None) -> str:

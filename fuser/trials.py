@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fuser.codegen.matmul import Matmul
 from fuser.codegen.quantized import sides_of
 from fuser.codegen.rotary import Rotary
 from fuser.quantized import Codes
+from fuser.runtime.kv_groups import dequantized, quantized
 from fuser.runtime.packing import packed
 
 SETS_BYTES = 300 << 20  # that inputs rotate through: several times any cache
@@ -26,6 +27,7 @@ MOST_SETS = 40
 DRAWN = True  # whether inputs hold random numbers; to compile a kernel they need not
 LAUNCHES = 20  # of one graph, at least
 REPLAYS = 12  # of which the first two do not count
+UNWRITTEN = -128  # no code of int8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Call = Callable[[int], object]
@@ -98,7 +100,7 @@ class Trial:
     def error(self, kernel: Kernel) -> float:
         """The largest relative error of a kernel's results; infinite where any is not written."""
         for result in self.results:
-            result.fill_(float("nan"))
+            result.fill_(float("nan") if result.is_floating_point() else UNWRITTEN)
         self.call(kernel)(0)
         worst = 0.0
         if not self.known:
@@ -184,15 +186,15 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
                 functional.rms_norm(x, (D,), shared[f"{name}_norm_weight"].double(), what.head_norm_eps)
                 for x, name in ((q, "q"), (k, "k"))
             )
-        slots = shared["slot_mapping"].long().argsort()
-        return [_turned(what.rotary, q, shared).flatten(1), _turned(what.rotary, k, shared)[slots], v[slots]]
+        kept = _kept(what.rotary, _turned(what.rotary, k, shared), v, shared)
+        return [_turned(what.rotary, q, shared).flatten(1), *kept]
 
     compiled = torch.compile(whole)
     peers: dict[str, Call] = {
         "torch": lambda i: functional.linear(shared["x"], weights[i]),
         "compiled": lambda i: compiled(shared["x"], weights[i]),
     }
-    results = [shared["y"]] + (_written(shared, M) if what.rotary is not None else [])
+    results = [shared["y"]] + (_written(what.rotary, shared, M) if what.rotary is not None else [])
     return Trial(what, moved, 2 * M * what.N * what.K, made, results, expected, peers)
 
 
@@ -208,9 +210,19 @@ def _codes(what: Linear) -> tuple[dict[str, Tensor], Tensor]:
     return made, codes.weight
 
 
-def _written(given: Mapping[str, Tensor], tokens: int) -> list[Tensor]:
-    """The slots of the cache that a step's tokens go to: the first ones."""
-    return [given[name].flatten(0, 1)[:tokens] for name in ("k_cache", "v_cache")]
+def _written(what: Rotary, given: Mapping[str, Tensor], tokens: int) -> list[Tensor]:
+    """The slots of the cache that a step's tokens go to, the first ones, and the scales of those in the first page."""
+    scales = [given[name][0, ..., :tokens] for name in what.caches[2:]]
+    return [given[name].flatten(0, 1)[:tokens] for name in what.caches[:2]] + scales
+
+
+def _kept(what: Rotary, k: Tensor, v: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
+    """What these slots are to hold of turned keys and of values [tokens, G, Dh]."""
+    slots = given["slot_mapping"].long().argsort()
+    if not what.kv_group:
+        return [k[slots], v[slots]]
+    codes, scales = zip(*(quantized(x[slots], what.kv_group) for x in (k, v)), strict=True)
+    return [x.double() for x in (*codes, *(scale[: what.page].permute(1, 2, 0) for scale in scales))]
 
 
 def _finished(what: Linear | Matmul, h: Tensor, given: Mapping[str, Tensor], *, gated: bool) -> Tensor:
@@ -235,14 +247,17 @@ def _rotary_tensors(what: Rotary, tokens: int, drawn: _Drawn) -> dict[str, Any]:
     angles = torch.rand(8192, max(what.rotary_dim // 2, 1), device="cuda")
     pages = -(-tokens // what.page) + 1
     cached = (pages, what.page, what.kv_heads, what.head_dim)
-    return {
+    made: dict[str, Any] = {
         "cos": angles.cos(),
         "sin": angles.sin(),
         "positions": torch.arange(tokens, dtype=torch.int32, device="cuda"),
         "slot_mapping": torch.randperm(tokens, device="cuda").int(),
-        "k_cache": drawn.empty(*cached),
-        "v_cache": drawn.empty(*cached),
     }
+    if not what.kv_group:
+        return made | {name: drawn.empty(*cached) for name in what.caches}
+    groups = pages, what.kv_heads, what.head_dim // what.kv_group, what.page
+    made |= {name: torch.empty(cached, dtype=torch.int8, device="cuda") for name in what.caches[:2]}
+    return made | {name: torch.empty(groups, dtype=torch.float16, device="cuda") for name in what.caches[2:]}
 
 
 def _turned(what: Rotary, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
@@ -257,10 +272,11 @@ def _turned(what: Rotary, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
 
 
 def rotary_trial(what: Rotary, tokens: int) -> Trial:
-    """Rotary embedding and cache write, beside torch's operators for them."""
+    """Rotary embedding and cache write, beside torch's operators for them, which write what is of the kernel's type."""
     drawn, H, G, D = _Drawn(what.dtype), what.heads, what.kv_heads, what.head_dim
     width = (H + 2 * G) * D
     shared = _rotary_tensors(what, tokens, drawn) | {"turned": drawn.empty(tokens, H, D)}
+    plain = _rotary_tensors(replace(what, kv_group=0), tokens, drawn)
     packed = [drawn(tokens, width) for _ in range(_count(2 * tokens * width * drawn.size))]
     sets = []
     for rows in packed:
@@ -270,19 +286,39 @@ def rotary_trial(what: Rotary, tokens: int) -> Trial:
     def by_torch(rows: Tensor) -> Tensor:
         q, k, v = (x.reshape(tokens, -1, D) for x in torch.split(rows, [H * D, G * D, G * D], -1))
         slots = shared["slot_mapping"].long()
-        shared["k_cache"].flatten(0, 1).index_copy_(0, slots, _turned(what, k, shared))
-        shared["v_cache"].flatten(0, 1).index_copy_(0, slots, v)
+        plain["k_cache"].flatten(0, 1).index_copy_(0, slots, _turned(what, k, shared))
+        plain["v_cache"].flatten(0, 1).index_copy_(0, slots, v)
         return _turned(what, q, shared)
 
     def expected() -> list[Tensor]:
         q, k, v = (x.double().reshape(tokens, -1, D) for x in torch.split(packed[0], [H * D, G * D, G * D], -1))
-        slots = shared["slot_mapping"].long().argsort()
-        return [_turned(what, q, shared), _turned(what, k, shared)[slots], v[slots]]
+        return [_turned(what, q, shared), *_kept(what, _turned(what, k, shared), v, shared)]
 
     compiled = torch.compile(by_torch)
     peers: dict[str, Call] = {"torch": lambda i: by_torch(packed[i]), "compiled": lambda i: compiled(packed[i])}
-    results = [shared["turned"], *_written(shared, tokens)]
-    return Trial(what, 2 * tokens * width * drawn.size, 0, sets, results, expected, peers)
+    results = [shared["turned"], *_written(what, shared, tokens)]
+    moved = tokens * width * drawn.size + tokens * (H * D * drawn.size + 2 * G * _row_bytes(what))
+    return Trial(what, moved, 0, sets, results, expected, peers)
+
+
+def _row_bytes(what: Rotary | Attention) -> int:
+    """Bytes of a head's keys, or values, of one token in the cache."""
+    if what.kv_group:
+        return what.head_dim + 2 * (what.head_dim // what.kv_group)
+    return what.head_dim * DTYPES[what.dtype].itemsize
+
+
+def quantized_pages(pages: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Pages [n, page, G, Dh] as codes, and scales [n, G, Dh / group, page]; the pages become what these stand for."""
+    codes = torch.empty_like(pages, dtype=torch.int8)
+    n, page, G, D = pages.shape
+    scales = torch.empty(n, G, D // group, page, dtype=torch.float16, device=pages.device)
+    for start in range(0, n, 4096):  # in float32 they are large
+        some = slice(start, start + 4096)
+        codes[some], made = quantized(pages[some], group)
+        scales[some] = made.permute(0, 2, 3, 1)
+        pages[some] = dequantized(codes[some], scales[some]).to(pages.dtype)
+    return codes, scales
 
 
 def rows_trial(what: Elementwise, rows: int, by_torch: Callable[..., Sequence[Tensor]]) -> Trial:
@@ -338,7 +374,7 @@ def attention_trial(what: Attention, sequences: int, tokens: int, *, decode: boo
     drawn, H, G, D = _Drawn(what.dtype), what.heads, what.kv_heads, what.head_dim
     queries = 1 if decode else tokens
     blocks = -(-tokens // what.page)
-    size = drawn.size * 2 * sequences * tokens * G * D
+    size = 2 * sequences * tokens * G * _row_bytes(what)
     q = drawn(sequences * queries, H, D)
     y = torch.empty_like(q)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
@@ -353,7 +389,11 @@ def attention_trial(what: Attention, sequences: int, tokens: int, *, decode: boo
     for _ in range(min(_count(size), 20) if decode else 2):
         table = torch.randperm(sequences * blocks, device="cuda").int().reshape(sequences, blocks)
         caches = [drawn(sequences * blocks, what.page, G, D) for _ in "kv"]
-        sets.append([q, *caches, table, *more, y])
+        stored = caches
+        if what.kv_group:
+            codes, scales = zip(*(quantized_pages(cache, what.kv_group) for cache in caches), strict=True)
+            stored = [*codes, *scales]
+        sets.append([q, *stored, table, *more, y])
         flat.append([c[table.long()].flatten(1, 2)[:, :tokens].transpose(1, 2).contiguous() for c in caches])
     rows = q.reshape(sequences, queries, H, D).transpose(1, 2).contiguous()
 

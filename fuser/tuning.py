@@ -45,9 +45,13 @@ class Search:
 
 
 def standard(
-    tokens: Sequence[int], dtype: str, shapes: Sequence[str], formats: Sequence[Format | None] = (None,)
+    tokens: Sequence[int],
+    dtype: str,
+    shapes: Sequence[str],
+    kv_group: int = 0,
+    formats: Sequence[Format | None] = (None,),
 ) -> list[Problem]:
-    """The launches of well-known models, their weights in each of the formats.
+    """The launches of well-known models, their weights in each of the formats; with `kv_group` over an int8 cache.
 
     Raises:
         UsageError: there is no such model.
@@ -59,15 +63,15 @@ def standard(
         shape = SHAPES[name]
         for count in tokens:
             for format in formats:
-                found += [Problem(what) for _, what in shape.linears(count, dtype, format)]
+                found += [Problem(what) for _, what in shape.linears(count, dtype, kv_group, format)]
             found.append(Problem(shape.vocabulary(count, dtype)))
-        found += attentions(shape, dtype)
+        found += attentions(shape, dtype, kv_group=kv_group)
     return _distinct(found)
 
 
-def attentions(shape: Shape, dtype: str, page: int = 16) -> Iterator[Problem]:
+def attentions(shape: Shape, dtype: str, page: int = 16, kv_group: int = 0) -> Iterator[Problem]:
     """Decode attention at lengths and batches near and far, and prefill."""
-    what = Attention(shape.H, shape.G, shape.Dh, shape.Dh**-0.5, page, dtype=dtype)
+    what = Attention(shape.H, shape.G, shape.Dh, shape.Dh**-0.5, page, dtype=dtype, kv_group=kv_group)
     yield from (Problem(what, sequences, tokens) for sequences, tokens in SEQUENCES)
     yield Problem(what, 1, 4096, decode=False)
 

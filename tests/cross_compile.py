@@ -83,6 +83,19 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
                 yield f"decode {heads}/{kv_heads} {D} page {page} parts {splits}", attention.decode(what, splits=splits)
             kernel = attention.prefill(what)
             yield f"prefill {heads}/{kv_heads} {D} page {page}", kernel
+    for heads, kv_heads, D, group, dtype in (
+        (32, 32, 128, 128, "bf16"), (32, 8, 128, 64, "bf16"), (32, 8, 128, 64, "fp16"), (32, 8, 128, 64, "fp32"), (32, 8, 128, 32, "bf16"),
+        (71, 1, 64, 64, "bf16"), (32, 32, 80, 80, "bf16"), (16, 8, 256, 64, "bf16"),
+    ):  # fmt: skip
+        what, name = attention.Attention(heads, kv_heads, D, D**-0.5, 16, dtype=dtype, kv_group=group), f"int8:{group}"
+        for splits in (1, 8):
+            yield f"decode {name} {heads}/{kv_heads} {D} {dtype} parts {splits}", attention.decode(what, splits=splits)
+        yield f"prefill {name} {heads}/{kv_heads} {D} {dtype}", attention.prefill(what)
+        what_r = rotary.Rotary(heads, kv_heads, D, D, dtype=dtype, kv_group=group)
+        yield f"rotary {name} {heads}/{kv_heads} {D} {dtype}", rotary.rotary_cache_write(what_r)
+        for tokens in (1, 16, 64) if what_r.group_pairs else ():
+            stored = Linear((heads + 2 * kv_heads) * D, 4096, tokens, dtype, norm="rms", norm_eps=1e-5, rotary=what_r)
+            yield f"norm+qkv+rotary {name} {heads}/{kv_heads} {D} {dtype} M{tokens}", linear(stored)
     capped = attention.Attention(16, 8, 256, 0.0625, 16, window=4096, softcap=50.0, alibi=True)
     sunk = attention.Attention(64, 8, 64, 0.125, 16, window=128, sinks=True)
     yield "decode window sinks", attention.decode(sunk, splits=4)

@@ -20,9 +20,11 @@ def kernels() -> dict[str, Kernel]:
     """One of every family, small enough to read."""
     attend = attention.Attention(32, 8, 128, 0.08838834764831845, 16)
     extras = attention.Attention(8, 4, 80, 0.1118, 64, window=4096, softcap=50.0, alibi=True)
+    int8 = attention.Attention(32, 8, 128, 0.08838834764831845, 16, kv_group=64)
     gate_up = linear.Linear(22016, 4096, norm="rms", norm_eps=1e-5, activation="silu")
     turning = rotary.Rotary(32, 8, 128, 128)
     qkv = linear.Linear(6144, 4096, norm="rms", norm_eps=1e-6, rotary=turning, head_norm_eps=1e-6)
+    stored = rotary.Rotary(32, 8, 128, 128, kv_group=64)
     return {
         "skip_rms_norm": elementwise(norm("rms", 4096, eps=1e-5, skip=True)),
         "layer_norm": elementwise(norm("layer", 2560, eps=1e-12, bias=True)),
@@ -35,6 +37,9 @@ def kernels() -> dict[str, Kernel]:
         "top": sampling.top(sampling.Top(32000, 50)),
         "draw": sampling.draw(50),
         "rotary_cache_write": rotary.rotary_cache_write(turning),
+        "rotary_cache_write_int8": rotary.rotary_cache_write(stored),
+        "linear_rotary_int8": linear.linear(linear.Linear(6144, 4096, tokens=16, rotary=stored)),
+        "paged_decode_int8": attention.decode(int8),
         "paged_decode_parts": attention.decode(attend, splits=8),
         "paged_prefill_extras": attention.prefill(extras),
     }

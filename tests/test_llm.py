@@ -100,6 +100,37 @@ def test_pages_that_are_let_go_are_not_read(name: str) -> None:
     assert llm.engine.scheduler.preemptions > 0
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_pages_of_int8(name: str) -> None:
+    """In chunks, with shared prefixes, samples that part, and sequences that are computed again: as alone, and nearly as in floats."""
+    given = prompts(vocabulary(name))
+    params = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+    llm = LLM(module(name), kv_cache="int8", max_tokens_in_flight=48, **SMALL)
+    spoiled(llm)
+    found = [result.token_ids for result in llm.generate(given, params)]
+    assert llm.engine.scheduler.preemptions > 0 and llm.engine.scheduler.reused > 0
+    again = [result.token_ids for result in llm.generate(given, params)]  # prefixes are known
+    alone = [llm.generate([prompt], params)[0].token_ids for prompt in given]
+    assert found == again == alone
+    same = sum(a == b for x, y in zip(found, expected(name), strict=True) for a, b in zip(x, y, strict=True))
+    assert same >= 0.8 * NEW * len(given)
+    two = llm.generate([given[3]], SamplingParams(max_new_tokens=NEW, n=2, ignore_eos=True))
+    assert [result.token_ids for result in two] == [found[3]] * 2
+    llm.engine.pool.check([])
+    floats = LLM(module(name), max_tokens_in_flight=48, **SMALL)
+    pages = [one.runner.stepper.page_bytes(one.engine.pool.groups) for one in (llm, floats)]  # type: ignore[attr-defined]
+    assert pages[0] == pages[1] * (16 + 2) / (4 * 16)  # heads of 16 channels, one scale each
+
+
+def test_kinds_of_caches() -> None:
+    assert [LLM(module("llama"), kv_cache=kind, **SMALL).kv_group for kind in ("auto", "fp32", "int8:32")] == [0, 0, 32]
+    for kind in ("int8:", "int8:0", "int8:48", "int8:64x", "int4", "bf16"):
+        with pytest.raises(UsageError, match=f"kv_cache must be auto, fp32, int8, int8:32, .*, got '{kind}'"):
+            LLM(module("llama"), kv_cache=kind, **SMALL)
+    with pytest.raises(UsageError, match="kv_cache int8 needs steps over pages; this model runs by its graph, .* Cast"):
+        LLM(module("bloom"), kv_cache="int8", **SMALL)
+
+
 @pytest.mark.parametrize(
     ("name", "node"), [("bloom", "Cast"), ("falcon", "Gather"), ("mixtral", "Reshape"), ("gptj", "GatherElements")]
 )

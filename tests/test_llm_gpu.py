@@ -94,3 +94,19 @@ def test_a_bound_on_memory_of_graphs_leaves_steps_uncaptured() -> None:
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     assert [r.token_ids for r in llm.generate(given, params)] == [r.token_ids for r in whole.generate(given, params)]
     assert not llm.runner.captured  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2"])
+def test_keys_and_values_of_int8(name: str, dtype: str) -> None:
+    """Scores of every token are nearly those of the float cache, in chunks, beside others, and where pages are shared."""
+    given = prompts(LLM(architectures.model(name).cuda(), **ROOMY).runner.vocabulary)
+    scores = []
+    for kind in ("auto", "int8"):
+        llm = LLM(architectures.model(name).cuda(), dtype=dtype, kv_cache=kind, **ROOMY)
+        spoiled(llm)
+        scores.append(torch.tensor([p for scored in llm.score(given) for p in scored.logprobs]))
+        first, second = (llm.generate(given, SamplingParams(max_new_tokens=12, ignore_eos=True)) for _ in "ab")
+        assert all(len(a.token_ids) == len(b.token_ids) == 12 for a, b in zip(first, second, strict=True))
+        llm.engine.pool.check([])
+    assert float((scores[0] - scores[1]).abs().mean()) < 2e-2
