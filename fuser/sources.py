@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import maxsize
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class Source:
                 return None
             raise UsageError("a tokenizer's folder needs transformers: pip install 'fuser[hf]'") from None
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # lengths are looked at where a text is used
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=maxsize)
         except Exception as error:  # it raises what its parts raise
             text = " ".join(str(error).split())
             raise InputError(
@@ -79,13 +81,15 @@ class Source:
 
 
 def source_of(model: Any, *, verify: bool, note: Progress) -> Source:
-    """What a model is, fused.
+    """What a model is, fused; a Source is that already.
 
     Raises:
         InputError: it cannot be read or captured.
         UnsupportedOperator: it has an operator that is not known.
         UsageError: it is none that can be generated with.
     """
+    if isinstance(model, Source):
+        return model
     if isinstance(model, Compiled):
         return _of_module(model, model.graph, model.report)
     if isinstance(model, nn.Module):
