@@ -424,7 +424,7 @@ class _Composer:
         """A node that no kernel computes yet; it must be token-wise."""
         weight = node.input(1)
         is_product = node.is_a("MatMul") and weight is not None and weight.constant is not None
-        is_fused = node.domain == FUSER and node.op in NORMS | ACTIVATIONS.keys()
+        is_fused = node.domain == FUSER and node.op in NORMS | ACTIVATIONS.keys() | {"fake_quantize"}
         if not (is_product or is_fused or (not node.domain and node.op in INDEPENDENT)):
             raise _refused(node, "what it does is not known to be done to each token by itself")
         given: list[Argument] = [

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fuser.llm import LLM
     from fuser.loading import Model, load
     from fuser.quality import Quality
+    from fuser.quantizing import quantize
     from fuser.report import Report
     from fuser.runtime.parameters import SamplingParams
 
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "fuse",
     "load",
+    "quantize",
 ]
 
 _LAZY = {
@@ -55,6 +57,7 @@ _LAZY = {
     "Report": "fuser.report",
     "Model": "fuser.loading",
     "load": "fuser.loading",
+    "quantize": "fuser.quantizing",
 }
 
 

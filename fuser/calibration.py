@@ -6,7 +6,6 @@ Functions of a weight [N, K], and of its inputs' second moment H = sum of x x^T 
 import torch
 from torch import Tensor
 
-from fuser.errors import InputError
 from fuser.formats import Format
 from fuser.quantized import Codes, decode, encode, pack, scales_of
 

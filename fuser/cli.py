@@ -417,6 +417,11 @@ def eval_(
     against: Annotated[
         Path | None, typer.Option(metavar="ORIGINAL", help="Compare with this model; else MODEL is the original.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT,...", help="Compare MODEL in these formats: int8,int4:128,nf4:64,w8a8."),
+    ] = None,
+    kv_cache: Annotated[str, typer.Option(help="Element type of MODEL's keys and values; auto: dtype.")] = "auto",
     tokens: Annotated[int | None, typer.Option(help="Use so many tokens of the text at most.")] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens of a window; by default as many as the model takes, at most 2048.")
@@ -439,12 +444,14 @@ def eval_(
     """
     with _failing(quiet=quiet, verbose=verbose) as (_, progress):
         from fuser import evaluating
+        from fuser.formats import format_of
 
+        formats = [format_of(name.strip()) for name in quantize.split(",")] if quantize is not None else []
         trial = evaluating.Trial(
             model, evaluating.read(text), against=against, tokens=tokens, context=context, dtype=dtype, device=device,
             tokenizer=tokenizer, progress=progress,
         )  # fmt: skip
-        found = evaluating.rows(trial, is_compared=against is not None)
+        found = evaluating.rows(trial, formats, kv_cache=kv_cache, is_compared=against is not None)
         evaluating.main(trial, found, as_json=as_json)
 
 

@@ -18,6 +18,7 @@ from fuser.fx import evaluating, export_module, import_program
 from fuser.graph import Graph
 from fuser.layers import steps
 from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
+from fuser.quantized import unrounded
 from fuser.report import Report
 from fuser.runtime.executor import Executor
 from fuser.runtime.program import Kernel
@@ -213,6 +214,7 @@ def _has_elements(graph: Graph) -> bool:
 Run = Callable[[], Any]
 
 
+@unrounded()
 def compared(module: nn.Module, made: Linked, cases: Mapping[str, tuple[Run, Run]]) -> Verification:
     """Compares what a module and what its fused graph give, case by case.
 

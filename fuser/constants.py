@@ -36,6 +36,11 @@ class Constant(ABC):
         """Bytes the elements take in a file."""
         return (self.size * self.dtype.bits + 7) // 8
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of what it is made of: fewer than its elements take where it is quantized."""
+        return sum(constant.stored_bytes for constant in self.inner) if self.inner else self.nbytes
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Elements `[start:stop]` along the first axis (a scalar counts as one row)."""

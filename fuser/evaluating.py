@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fuser.errors import InputError, UsageError
+from fuser.formats import Format
+from fuser.graph import Graph
 from fuser.llm import LLM, Prompt
-from fuser.pipeline import Progress, weight_bytes
+from fuser.pipeline import Progress
 from fuser.quality import Measurement, Quality
+from fuser.quantizing import Choices, choices
 from fuser.report import size
 from fuser.runtime.engine import Ints, Step
 from fuser.sources import Source, source_of
@@ -23,16 +26,18 @@ CONTEXT = 2048  # tokens of a window, where the model and the text have so many
 
 
 def evaluate(
-    model: Any, text: Prompt, *, against: Any = None, tokens: int | None = None, context: int | None = None,
-    dtype: str | None = None, device: torch.device | str | None = None, tokenizer: Any = None, verify: bool = True,
-    progress: Progress | None = None,
+    model: Any, text: Prompt, *, against: Any = None, quantization: "str | Format | Choices | None" = None,
+    kv_cache: str = "auto", tokens: int | None = None, context: int | None = None, dtype: str | None = None,
+    device: torch.device | str | None = None, tokenizer: Any = None, verify: bool = True, progress: Progress | None = None,
 ) -> Quality:  # fmt: skip
     """Measures how a model predicts each token of a text from those before it in its window.
 
     Args:
         model: what LLM takes.
         text: or token ids, two or more.
-        against: the original that the model is compared with, likewise.
+        against: the original that the model is compared with, likewise; by default the model itself, as it is.
+        quantization: of the model, as of LLM.
+        kv_cache: of the model, as of LLM.
         tokens: of the text, how many are used at most.
         context: of a window; the text is cut into such, one after another. By default as many as the models take, at most 2048.
         dtype: bf16, fp16 or fp32, in which both are run; by default the model's own, on the CPU fp32.
@@ -50,7 +55,9 @@ def evaluate(
         model, text, against=against, tokens=tokens, context=context, dtype=dtype, device=device, tokenizer=tokenizer,
         verify=verify, progress=progress,
     )  # fmt: skip
-    return trial.original() if against is None else trial.compared()
+    if against is None and quantization is None and kv_cache == "auto":
+        return trial.original()
+    return trial.compared(quantization, kv_cache)
 
 
 class Trial:
@@ -91,17 +98,23 @@ class Trial:
 
     def original(self) -> Quality:
         """How the original predicts."""
-        return self._measured(self._reference, None, weight_bytes(self._original.graph))
+        return self._measured(self._reference, None, stored_bytes(self._original.graph))
 
-    def compared(self) -> Quality:
+    def compared(self, quantization: "str | Format | Choices | None" = None, kv_cache: str = "auto") -> Quality:
         """How the model predicts, beside the original."""
-        return self._measured(self._made(self._model), self._reference, weight_bytes(self._model.graph))
+        source = self._model
+        if quantization is not None:
+            self._note("quantize")
+            chosen = quantization if isinstance(quantization, Choices) else choices(quantization)
+            source = source_of(source, verify=False, note=self._note, choices=chosen)
+        return self._measured(self._made(source, kv_cache), self._reference, stored_bytes(source.graph))
 
-    def _made(self, source: Source) -> LLM:
+    def _made(self, source: Source, kv_cache: str = "auto") -> LLM:
         """A model that computes a window in one step, and logits of all its tokens."""
         return LLM(
-            source, dtype=self._dtype, device=self._device, max_length=self.context, max_sequences=self.context,
-            max_step_tokens=self.context, max_tokens_in_flight=self.context, prefix_caching=False, progress=self._note,
+            source, dtype=self._dtype, device=self._device, kv_cache=kv_cache, max_length=self.context,
+            max_sequences=self.context, max_step_tokens=self.context, max_tokens_in_flight=self.context,
+            prefix_caching=False, progress=self._note,
         )  # fmt: skip
 
     def _measured(self, llm: LLM, original: LLM | None, weights_bytes: int) -> Quality:
@@ -165,11 +178,22 @@ def read(path: Path) -> str:
     return text
 
 
-def rows(trial: Trial, *, is_compared: bool) -> Iterator[tuple[str, Quality]]:
-    """The original, and what is compared with it."""
+def stored_bytes(graph: Graph) -> int:
+    """Bytes of all that a graph's weights are made of, each once."""
+    constants = [value.constant for value in graph.constants() if value.constant is not None]
+    return sum({leaf.key: leaf.stored_bytes for constant in constants for leaf in constant.leaves()}.values())
+
+
+def rows(
+    trial: Trial, formats: Sequence[Format], *, kv_cache: str = "auto", is_compared: bool = False
+) -> Iterator[tuple[str, Quality]]:
+    """The original, and what is compared with it: the model in each format, or as it is if that is asked for."""
     yield "original", trial.original()
-    if is_compared:
-        yield "model", trial.compared()
+    cached = "" if kv_cache == "auto" else f", {kv_cache} cache"
+    for format in formats:
+        yield f"{format}{cached}", trial.compared(format, kv_cache)
+    if not formats and (is_compared or cached):
+        yield f"model{cached}", trial.compared(None, kv_cache)
 
 
 def main(trial: Trial, found: Iterator[tuple[str, Quality]], *, as_json: bool = False) -> None:
@@ -190,7 +214,7 @@ def _plain(quality: Quality) -> dict[str, Any]:
 
 def line(name: str, quality: Quality) -> str:
     """A line of the table."""
-    told = [f"{name:<20} {quality.perplexity:>10.4f}"]
+    told = [f"{name:<30} {quality.perplexity:>10.4f}"]
     if quality.kl_mean is None or quality.kl_p999 is None or quality.top1 is None:
         told.append(f"{'-':>10} {'-':>10} {'-':>8}")
     else:
@@ -202,4 +226,4 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-HEADER = f"{'':<20} {'perplexity':>10} {'mean KL':>10} {'99.9% KL':>10} {'top-1':>8} {'weights':>10}"
+HEADER = f"{'':<30} {'perplexity':>10} {'mean KL':>10} {'99.9% KL':>10} {'top-1':>8} {'weights':>10}"

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from fuser.errors import UnsupportedOperator, UsageError
+from fuser.formats import Format
 from fuser.padded import PaddedRunner
 from fuser.pipeline import Progress
+from fuser.quantizing import Choices, choices
 from fuser.running import PagedRunner
 from fuser.runtime.engine import Engine, Event, Runner, Scores, Statistics
 from fuser.runtime.paging import Group, Pool, layer_groups
@@ -111,7 +113,7 @@ class LLM:
         device: torch.device | str | None = None, kv_cache: str = "auto", page_size: int = 16,
         max_tokens_in_flight: int | None = None, memory_fraction: float = 0.9, max_length: int | None = None,
         max_sequences: int = 256, max_step_tokens: int | None = None, prefix_caching: bool = True, tokenizer: Any = None,
-        verify: bool = True, progress: Progress | None = None,
+        verify: bool = True, progress: Progress | None = None, quantization: "str | Format | Choices | None" = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -129,6 +131,8 @@ class LLM:
             tokenizer: with `encode` and `decode`, or a folder; by default that of the model's folder, if it has one.
             verify: prove rewrites numerically, and compare small models whole.
             progress: called with the name of each stage as it begins.
+            quantization: of weights, as `fuser.quantize` takes it: `int8`, `int4`, `int4:64`, `nf4`, `w8a8`, ...; what
+                `fuser.quantizing.choices` makes says more. By default they are as the model has them.
 
         Raises:
             InputError: the model cannot be read or captured.
@@ -136,7 +140,9 @@ class LLM:
             UsageError: an argument cannot be.
         """
         note = progress or (lambda stage: None)
-        source = source_of(model, verify=verify, note=note)
+        if isinstance(quantization, (str, Format)):
+            quantization = choices(quantization)
+        source = source_of(model, verify=verify, note=note, choices=quantization)
         self.device = _device(device, source)
         self.dtype = dtype or ("fp32" if self.device.type == "cpu" else dtype_of(source.graph))
         if self.dtype not in DTYPES:

@@ -15,6 +15,7 @@ from fuser.errors import FuserError, InputError, UsageError, VerificationError
 from fuser.graph import Graph
 from fuser.layers import steps
 from fuser.pipeline import canonicalized, input_roles, rewritten, stage, weight_bytes
+from fuser.quantized import unrounded
 from fuser.report import Report
 from fuser.runtime.executor import Executor
 from fuser.runtime.program import check_operators
@@ -157,6 +158,7 @@ def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Mo
     return module.to(device).eval()
 
 
+@unrounded()
 def _compared(original: Graph, made: Model, inputs: list[Role], path: Path, device: Device) -> Verification:
     """Runs both on every kind of step that the inputs allow.
 

@@ -57,4 +57,4 @@ def input_roles(graph: Graph) -> tuple[list[Role], str]:
 def weight_bytes(graph: Graph) -> int:
     """Bytes of all distinct constants."""
     distinct = {id(value.constant): value.constant for value in graph.constants() if value.constant is not None}
-    return sum(constant.nbytes for constant in distinct.values())
+    return sum(constant.stored_bytes for constant in distinct.values())

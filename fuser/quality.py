@@ -15,7 +15,7 @@ class Quality:
     Attributes:
         tokens: how many were predicted.
         perplexity: the exponential of their mean negative log-likelihood.
-        weights_bytes: of all constants, as they are stored.
+        weights_bytes: of the model's weights, as they are stored.
         kl_mean: mean KL(original || model) of the next token's distribution, in nats.
         kl_p999: its 99.9th percentile: the least value that 99.9% of the tokens do not exceed.
         top1: the share of tokens at which both have the same likeliest one, the first of equal ones.

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from sys import maxsize
 from typing import Any
@@ -20,6 +20,7 @@ from fuser.layers import steps
 from fuser.loading import load, pretrained
 from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
 from fuser.pretrained import Pretrained, is_pretrained
+from fuser.quantizing import Choices, quantized
 from fuser.report import Report
 from fuser.verification import Verification, too_large
 
@@ -80,8 +81,8 @@ class Source:
             ) from None
 
 
-def source_of(model: Any, *, verify: bool, note: Progress) -> Source:
-    """What a model is, fused; a Source is that already.
+def source_of(model: Any, *, verify: bool, note: Progress, choices: Choices | None = None) -> Source:
+    """What a model is, its weights quantized where `choices` says so, and fused; a Source is fused already.
 
     Raises:
         InputError: it cannot be read or captured.
@@ -89,14 +90,19 @@ def source_of(model: Any, *, verify: bool, note: Progress) -> Source:
         UsageError: it is none that can be generated with.
     """
     if isinstance(model, Source):
-        return model
+        return model if choices is None else replace(model, graph=quantized(model.graph, choices))
     if isinstance(model, Compiled):
+        if choices is not None:
+            raise UsageError("a module is quantized before it is compiled: fuser.compile(fuser.quantize(module, ...))")
         return _of_module(model, model.graph, model.report)
     if isinstance(model, nn.Module):
         if not is_pretrained(model):
             raise UsageError(
                 f"LLM takes a decoder of transformers or what fuser.compile made, not a {type(model).__name__}"
             )
+        if choices is not None:
+            note("quantize")
+            model = quantized(model, choices)
         linked = Pretrained(model, Options(True, "auto", verify, note, is_run=False)).first
         return _of_module(model, linked.graph, linked.report)
     if not isinstance(model, (str, os.PathLike)):
@@ -104,26 +110,29 @@ def source_of(model: Any, *, verify: bool, note: Progress) -> Source:
     path = Path(model)
     if path.is_dir():
         note("read")
-        made = source_of(pretrained(path, None, None), verify=verify, note=note)
+        made = source_of(pretrained(path, None, None), verify=verify, note=note, choices=choices)
         made.folder, made.device = path, None
         made.config = {**made.config, **_configs(path)}
         return made
-    graph, report = _of_file(path, verify=verify, note=note)
+    graph, report = _of_file(path, verify=verify, note=note, choices=choices)
     return Source(graph, report, path.parent, _configs(path.parent))
 
 
-def _of_file(path: Path, *, verify: bool, note: Progress) -> tuple[Graph, Report]:
+def _of_file(path: Path, *, verify: bool, note: Progress, choices: Choices | None) -> tuple[Graph, Report]:
     """The fused graph of a file; a large one is compared by its rewrites alone: its weights are read once, when placed."""
     report = Report(str(path), "pages")
     with stage(report, "read", note):
         graph = importer.load(path, None)
         report.nodes_before, report.weights_bytes_before = len(graph.nodes), weight_bytes(graph)
     skipped = too_large(report.weights_bytes_before)
-    if verify and not skipped:
+    if verify and not skipped and choices is None:
         loaded = load(path)
         return loaded.graph, loaded.report
     before = steps(graph)
     canonicalized(graph, report, note)
+    if choices is not None:
+        with stage(report, "quantize", note):
+            graph = quantized(graph, choices)
     rewritten(graph, before, report, note, verify=verify)
     report.nodes_after, report.weights_bytes_after = len(graph.nodes), weight_bytes(graph)
     report.verification = Verification(skipped=skipped or "it was not asked for")

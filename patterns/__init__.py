@@ -5,6 +5,7 @@ from fuser.patterns import attention_targets  # noqa: F401  it declares lowering
 from fuser.patterns.attention import attention
 from fuser.patterns.attention_mask import attention_mask
 from fuser.patterns.cache_write import cache_write
+from fuser.patterns.fake_quantize import fake_quantize
 from fuser.patterns.gated_mlp import gated_mlp
 from fuser.patterns.gelu import gelu
 from fuser.patterns.gelu_tanh import gelu_tanh
@@ -25,6 +26,7 @@ ALL: tuple[FusedOp, ...] = (
     attention_mask,
     rotary_table,
     position_ids,
+    fake_quantize,
     layer_norm,
     rms_norm,
     skip_layer_norm,

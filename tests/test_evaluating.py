@@ -236,6 +236,22 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
     assert original.split()[0] == "original" and model.split()[2:5] == ["0.000e+00", "0.000e+00", "100.00%"]
 
 
+def test_quantizations_are_rows_of_the_table(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text(TEXT, encoding="utf-8")
+    asked = [DEMO / "model.onnx", "--text", file, "--context", CONTEXT, "--tokens", 81]
+    told = run(*asked, "--quantize", "int8, nf4,int4:32:asymmetric", "--json")
+    assert told.exit_code == 0
+    found = json.loads(told.stdout)["measured"]
+    assert [row["name"] for row in found] == ["original", "int8:128", "nf4:64", "int4:32:asymmetric"]
+    original, int8, nf4, int4 = (row["weights_bytes"] for row in found)
+    assert original > int8 > int4 > nf4
+    assert 0 < found[1]["kl_mean"] < found[2]["kl_mean"]
+    one = fuser.evaluate(source(), ids(), quantization="nf4", context=CONTEXT, tokens=81, device="cpu")
+    assert one.kl_mean == pytest.approx(found[2]["kl_mean"], rel=1e-6)
+    assert run(*asked, "--quantize", "int5").exit_code == run(*asked, "--kv-cache", "int5").exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("content", "code", "told"),
     [

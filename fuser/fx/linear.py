@@ -7,8 +7,10 @@ import torch
 
 from fuser.constants import Transposed
 from fuser.errors import UnsupportedOperator
-from fuser.fx.table import At, Number, aten, rank
+from fuser.formats import format_of
+from fuser.fx.table import At, Number, aten, dtype_of, rank
 from fuser.graph import FUSER, Value
+from fuser.quantized import Quantized
 from fuser.tensors import Held
 
 
@@ -17,11 +19,28 @@ def linear(at: At, x: Value, weight: Value, bias: Value | None = None) -> Value:
     """A weight [out, in] is a constant seen transposed; it is not copied."""
     if rank(weight) == 1:
         product = at.op("MatMul", x, weight)
-    elif isinstance(weight.constant, Held):
+    elif isinstance(weight.constant, (Held, Quantized)):
         product = at.op("MatMul", x, at.held(Transposed(weight.constant), weight.name))
     else:
         product = at.op("MatMul", x, at.op("Transpose", weight, perm=(1, 0)))
     return product if bias is None else at.op("Add", product, bias)
+
+
+@aten("dequantize.default", namespace="fuser")
+def dequantize(
+    at: At, codes: Value, scales: Value, zeros: Value | None, format: str, width: int, dtype: torch.dtype
+) -> Value:
+    """The codes of a quantized linear are a constant; nothing is dequantized."""
+    held = [None if value is None else value.constant for value in (codes, scales, zeros)]
+    if held[0] is None or held[1] is None or (zeros is not None and held[2] is None):
+        raise UnsupportedOperator("codes that are no parameters or buffers of the module")
+    constant = Quantized(held[0], held[1], held[2], format_of(format), width, dtype_of(dtype))
+    return at.held(constant, codes.name)
+
+
+@aten("fake_quantize.default", namespace="fuser")
+def fake_quantize(at: At, x: Value, kind: str) -> Value:
+    return at.op("fake_quantize", x, domain=FUSER, kind=kind)
 
 
 @aten("matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default")

@@ -32,15 +32,15 @@ KEYWORDS: dict[str, frozenset[str] | None] = {}  # what a row may be told by nam
 PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
 
 
-def aten(*names: str) -> Callable[[AnyRow], AnyRow]:
+def aten(*names: str, namespace: str = "aten") -> Callable[[AnyRow], AnyRow]:
     """Enters the decorated function under operators of ATen, `add.Tensor` say; parameters as in their schema."""
 
     def enter(row: AnyRow) -> AnyRow:
         parameters = inspect.signature(row).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in names:
-            ROWS[f"aten.{name}"] = row
-            KEYWORDS[f"aten.{name}"] = None if anything else frozenset(parameters)
+            ROWS[f"{namespace}.{name}"] = row
+            KEYWORDS[f"{namespace}.{name}"] = None if anything else frozenset(parameters)
         return row
 
     return enter

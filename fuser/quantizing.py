@@ -1,0 +1,279 @@
+"""`fuser.quantize(model, "int4")`: weights rounded to codes, of a module or of a graph, one after another."""
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fuser.constants import Constant, Joined, Transposed
+from fuser.errors import InputError, UsageError
+from fuser.formats import Format, format_of
+from fuser.graph import FUSER, Graph, Node, Value
+from fuser.quantized import Codes, Quantized, dequantize, fake_quantize
+from fuser.tensors import tensor_of, to_constant
+
+Model = TypeVar("Model", nn.Module, Graph)
+Note = Callable[[str], None]
+# How a weight [N, K] of a name becomes codes.
+Rounding = Callable[[str, Tensor, Format], Codes]
+# What leads from the last product to the logits.
+AFTER_HEAD = frozenset({"Cast", "Mul", "Div", "Add", "Tanh", "Reshape", "Identity", "Slice", "Clip", "Neg"})
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which weight takes which format.
+
+    Attributes:
+        format: of every linear, where nothing else is said.
+        overrides: glob of a module's path -> format, or None: kept as it is; the last that matches counts. A glob also
+            matches what is below it.
+        head: whether the product that makes the logits is quantized where no override names it.
+    """
+
+    format: Format
+    overrides: Mapping[str, Format | None] = field(default_factory=dict)
+    head: bool = False
+
+    def of(self, path: str, *, is_head: bool) -> Format | None:
+        """The format of the linear at a module's path."""
+        found = None if is_head and not self.head else self.format
+        for glob, format in self.overrides.items():
+            if fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*"):
+                found = format
+        return found
+
+
+def choices(
+    format: str | Format, *, group_size: int | None = None, symmetric: bool | None = None,
+    overrides: Mapping[str, str | Format | None] | None = None, keep: Sequence[str] = (), head: bool = False,
+) -> Choices:  # fmt: skip
+    """The choices that arguments name.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    given: dict[str, Format | None] = dict.fromkeys(keep)
+    given |= {glob: None if name is None else format_of(name) for glob, name in (overrides or {}).items()}
+    return Choices(format_of(format, group_size, symmetric), given, head)
+
+
+def nearest(name: str, weight: Tensor, format: Format) -> Codes:
+    """Codes nearest to the weights."""
+    return Codes.of(weight, format)
+
+
+def quantize(
+    model: Model, format: str | Format, *, group_size: int | None = None, symmetric: bool | None = None,
+    overrides: Mapping[str, str | Format | None] | None = None, keep: Sequence[str] = (), head: bool = False,
+    device: torch.device | str | None = None, rounding: Rounding = nearest, progress: Note | None = None,
+) -> Model:  # fmt: skip
+    """A module or a graph whose linears hold codes in place of weights; the one that is given stays as it is.
+
+    Weights are rounded one after another, so that no more memory is taken than codes and the largest weight need.
+
+    Args:
+        model: a module gives a module that shares what is not quantized; a graph gives a graph.
+        format: `int8`, `int4`, `nf4`, `w8a8` (int8 weights and inputs), `fp8` (E4M3 weights and inputs); with options
+            as `int4:64`, `int8:channel`, `int4:128:asymmetric`.
+        group_size: 32, 64 or 128 neighbours of a row that share a scale, in place of the format's own.
+        symmetric: whether zero is in the middle of the codes.
+        overrides: glob of a module's path -> format or None (kept), the last that matches counts.
+        keep: globs of what is kept as it is.
+        head: whether to quantize the product that makes the logits.
+        device: where weights are rounded; by default where they are.
+        rounding: how a weight becomes codes.
+        progress: called with the name of each weight.
+
+    Raises:
+        InputError: a weight is not finite, or has no elements.
+        UsageError: there is no such format; nothing is left to quantize.
+    """
+    chosen = choices(format, group_size=group_size, symmetric=symmetric, overrides=overrides, keep=keep, head=head)
+    return quantized(model, chosen, device=device, rounding=rounding, progress=progress)
+
+
+def quantized(
+    model: Model,
+    chosen: Choices,
+    *,
+    device: torch.device | str | None = None,
+    rounding: Rounding = nearest,
+    progress: Note | None = None,
+) -> Model:
+    """The same, for choices that are made."""
+    note = progress or (lambda name: None)
+    place = None if device is None else torch.device(device)
+    if isinstance(model, Graph):
+        return _graph(model.clone(), chosen, rounding, place, note)  # type: ignore[return-value]
+    if isinstance(model, nn.Module):
+        return _module(model, chosen, rounding, place, note)
+    raise UsageError(f"quantize takes a module or a graph, not a {type(model).__name__}")
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + bias, W [N, K] held as codes; by the reference: W is made anew at each call."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format, self.width, self.dtype = codes.format, codes.width, dtype
+        self.register_buffer("codes", codes.packed)
+        self.register_buffer("scales", codes.scales)
+        self.register_buffer("zeros", codes.zeros)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, [N, K]."""
+        found: Tensor = dequantize(self.codes, self.scales, self.zeros, str(self.format), self.width, self.dtype)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., K] -> [.., N]."""
+        if self.format.activations:
+            x = fake_quantize(x, self.format.activations)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Moves everything; another float type is that of the weight, and not of the scales."""
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales, self.dtype = scales.to(self.scales.device), probe.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.width}, out_features={len(self.codes)}, {self.format}"
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Tensor | None]]:
+    """The linears of a module: path, module, weight [N, K], bias."""
+    for path, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            yield path, part, part.weight, part.bias
+        elif type(part).__name__ == "Conv1D" and isinstance(getattr(part, "nf", None), int):  # of transformers: [K, N]
+            weight, bias = part.weight, part.bias
+            assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+            yield path, part, weight.T, bias
+
+
+def _module(
+    module: nn.Module, chosen: Choices, rounding: Rounding, device: torch.device | None, note: Note
+) -> nn.Module:
+    embeddings: Any = getattr(module, "get_output_embeddings", None)
+    head = embeddings() if embeddings is not None else None
+    shared = [*module.parameters(), *module.buffers()]
+    made: nn.Module = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    count = 0
+    for path, part, weight, bias in list(_linears(module)):
+        format = chosen.of(path, is_head=part is head)
+        if format is None:
+            continue
+        if weight.is_meta:
+            raise InputError(f"'{path}' has no elements to quantize: it is on the meta device")
+        note(path)
+        codes = _placed(rounding(path, weight.detach().to(device or weight.device), format), weight.device)
+        made.set_submodule(path, QuantizedLinear(codes, bias, weight.dtype))
+        count += 1
+    if not count:
+        raise UsageError("nothing is quantized: the module has no linear that is not kept")
+    return made.eval() if not module.training else made
+
+
+def _placed(codes: Codes, device: torch.device) -> Codes:
+    zeros = None if codes.zeros is None else codes.zeros.to(device)
+    return Codes(codes.packed.to(device), codes.scales.to(device), zeros, codes.format, codes.width)
+
+
+def _graph(graph: Graph, chosen: Choices, rounding: Rounding, device: torch.device | None, note: Note) -> Graph:
+    heads = _heads(graph)
+    made: dict[tuple[Any, Format], Quantized] = {}
+    rounded: dict[tuple[Value, str], Value] = {}
+    count = 0
+    for node in list(graph.nodes):
+        weight = _weight(node)
+        format = chosen.of(node.origin.module, is_head=node in heads) if weight is not None else None
+        if weight is None or format is None or any(isinstance(leaf, Quantized) for leaf in weight.leaves()):
+            continue
+        note(node.origin.module or node.output.name)
+
+        def codes_of(part: Constant, format: Format = format, node: Node = node) -> Constant:
+            if isinstance(part, Joined):
+                return Joined(tuple(codes_of(one) for one in part.parts))
+            key = part.key, format
+            if key not in made:
+                rows = tensor_of(part).T
+                codes = rounding(node.origin.module, rows.to(device or rows.device), format)
+                made[key] = constant_of(_placed(codes, rows.device), part)
+            return Transposed(made[key])
+
+        x = node.inputs[0]
+        assert x is not None
+        if format.activations:
+            if (x, format.activations) not in rounded:
+                rounding_node = graph.add(
+                    "fake_quantize",
+                    [x],
+                    {"kind": format.activations},
+                    domain=FUSER,
+                    outputs=[f"{x.name}_rounded"],
+                    like=node,
+                )
+                rounding_node.output.dtype, rounding_node.output.shape = x.dtype, x.shape
+                rounded[x, format.activations] = rounding_node.output
+            x = rounded[x, format.activations]
+        value = graph.constant(codes_of(weight), f"{node.output.name}_codes")
+        graph.set_input(node, 0, x)
+        graph.set_input(node, 1, value)
+        count += 1
+    if not count:
+        raise UsageError("nothing is quantized: the graph has no product with a weight that is not kept")
+    graph.prune()
+    graph.sort()
+    return graph
+
+
+def constant_of(codes: Codes, like: Constant) -> Quantized:
+    """Codes as a constant that stands for a weight of the type of another."""
+    zeros = None if codes.zeros is None else to_constant(codes.zeros)
+    return Quantized(to_constant(codes.packed), to_constant(codes.scales), zeros, codes.format, codes.width, like.dtype)
+
+
+def _weight(node: Node) -> Constant | None:
+    """The weight [K, N] of a product of rows with a matrix."""
+    if not (node.is_a("MatMul") or node.is_a("packed_linear", FUSER)):
+        return None
+    value = node.inputs[1]
+    found = value.constant if value is not None else None
+    if found is None and value is not None and value.producer is not None and value.producer.is_a("Transpose"):
+        stored = value.producer.inputs[0]
+        found = Transposed(stored.constant) if stored is not None and stored.constant is not None else None
+    if found is None or len(found.shape) != 2 or not found.dtype.is_float or not found.is_known:
+        return None
+    return found
+
+
+def _heads(graph: Graph) -> set[Node]:
+    """The products that make the logits: each output that is no state comes of one by no other product."""
+    found: set[Node] = set()
+    pending = [value for value in graph.outputs if value.rank == 3 or value.rank == 2]
+    seen: set[Value] = set()
+    while pending:
+        value = pending.pop()
+        node = value.producer
+        if node is None or value in seen:
+            continue
+        seen.add(value)
+        if _weight(node) is not None:
+            found.add(node)
+        elif not node.domain and node.op in AFTER_HEAD:
+            pending += [one for one in node.inputs if one is not None and one.constant is None]
+    return found
