@@ -421,6 +421,13 @@ def eval_(
         str | None,
         typer.Option(metavar="FORMAT,...", help="Compare MODEL in these formats: int8,int4:128,nf4:64,w8a8."),
     ] = None,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="Quantize with scales that make each group's squared error least.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Quantize by GPTQ, computing the model on this text; UTF-8.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of it at most.")] = 16384,
     kv_cache: Annotated[str, typer.Option(help="Element type of MODEL's keys and values; auto: dtype.")] = "auto",
     tokens: Annotated[int | None, typer.Option(help="Use so many tokens of the text at most.")] = None,
     context: Annotated[
@@ -444,14 +451,15 @@ def eval_(
     """
     with _failing(quiet=quiet, verbose=verbose) as (_, progress):
         from fuser import evaluating
-        from fuser.formats import format_of
 
-        formats = [format_of(name.strip()) for name in quantize.split(",")] if quantize is not None else []
         trial = evaluating.Trial(
             model, evaluating.read(text), against=against, tokens=tokens, context=context, dtype=dtype, device=device,
             tokenizer=tokenizer, progress=progress,
         )  # fmt: skip
-        found = evaluating.rows(trial, formats, kv_cache=kv_cache, is_compared=against is not None)
+        given = evaluating.read(calibrate) if calibrate is not None else None
+        asked = quantize.split(",") if quantize is not None else []
+        ways = trial.ways(asked, clip=clip, calibration=given, tokens=calibration_tokens)
+        found = evaluating.rows(trial, ways, kv_cache=kv_cache, is_compared=against is not None)
         evaluating.main(trial, found, as_json=as_json)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuser.calibrating import windows_of
 from fuser.errors import InputError, UsageError
 from fuser.formats import Format
 from fuser.graph import Graph
@@ -86,8 +87,9 @@ class Trial:
         known = [length for source in (self._model, self._original) if (length := source.max_length) is not None]
         if context is not None and context > min(known, default=context):
             raise UsageError(f"a window of {context} tokens is longer than the {min(known)} that the model takes")
-        self.context = min(context or min([*known, CONTEXT]), len(self.ids) - 1)
-        self._dtype, self._device = dtype, device
+        self._longest = context or min([*known, CONTEXT])
+        self.context = min(self._longest, len(self.ids) - 1)
+        self._dtype, self._device, self._tokenizer = dtype, device, tokenizer
         self._first: LLM | None = None
 
     @property
@@ -95,6 +97,20 @@ class Trial:
         if self._first is None:
             self._first = self._made(self._original)
         return self._first
+
+    def ways(
+        self,
+        formats: Sequence[str],
+        *,
+        clip: bool = False,
+        calibration: Prompt | None = None,
+        tokens: int | None = None,
+    ) -> list[Choices]:
+        """How to quantize, for each format: with clipped scales, or calibrated with so many tokens of a text at most."""
+        windows = None
+        if calibration is not None:
+            windows = windows_of(_encoded(calibration, [self._model], self._tokenizer)[:tokens], length=self._longest)
+        return [choices(name.strip(), clip="mse" if clip else None, calibration=windows) for name in formats]
 
     def original(self) -> Quality:
         """How the original predicts."""
@@ -185,14 +201,14 @@ def stored_bytes(graph: Graph) -> int:
 
 
 def rows(
-    trial: Trial, formats: Sequence[Format], *, kv_cache: str = "auto", is_compared: bool = False
+    trial: Trial, ways: Sequence[Choices], *, kv_cache: str = "auto", is_compared: bool = False
 ) -> Iterator[tuple[str, Quality]]:
-    """The original, and what is compared with it: the model in each format, or as it is if that is asked for."""
+    """The original, and what is compared with it: the model quantized in each way, or as it is if that is asked for."""
     yield "original", trial.original()
     cached = "" if kv_cache == "auto" else f", {kv_cache} cache"
-    for format in formats:
-        yield f"{format}{cached}", trial.compared(format, kv_cache)
-    if not formats and (is_compared or cached):
+    for way in ways:
+        yield f"{way}{cached}", trial.compared(way, kv_cache)
+    if not ways and (is_compared or cached):
         yield f"model{cached}", trial.compared(None, kv_cache)
 
 

@@ -45,6 +45,10 @@ class Choices:
     clip: bool = False
     windows: tuple[Tensor, ...] = ()
 
+    def __str__(self) -> str:
+        way = " gptq" if self.windows else " clip" if self.clip else ""
+        return f"{self.format}{way}"
+
     @property
     def rounding(self) -> Rounding:
         """How weights are rounded by themselves."""

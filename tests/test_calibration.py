@@ -16,8 +16,11 @@ from fuser.calibration import FACTORS, clipped, gptq, inverse_factor
 from fuser.errors import InputError, UsageError
 from fuser.formats import format_of
 from fuser.graph import Graph
+from fuser.padded import prompt
 from fuser.quantized import Codes, decode, encode, scales_of
+from fuser.runtime.executor import Executor
 from fuser.sources import source_of
+from fuser.tensors import tensor_of
 from tests import zoo
 
 DEMO = Path(__file__).parents[1] / "models/demo"
@@ -245,15 +248,21 @@ def test_each_product_sees_what_came_before_it() -> None:
 @pytest.mark.parametrize("format", ["int4:32", "w8a8", "nf4:64"])
 def test_a_module_and_its_graph_are_calibrated_alike(format: str) -> None:
     made = fuser.quantize(demo(), format, calibration=WINDOWS)
-    as_graph = source_of(made, verify=False, note=lambda stage: None).graph
     from_graph = fuser.quantize(graph(), format, calibration=WINDOWS)
-    ids = torch.randint(1024, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    qualities = [
-        fuser.evaluate(source_of(one, verify=False, note=print), ids, against=DEMO / "model.onnx", device="cpu")
-        for one in (made,)
-    ]
-    assert as_graph.nodes and from_graph.nodes
-    assert qualities[0].kl_mean is not None
+    node = next(
+        n for n in from_graph.nodes if n.origin.module == "model.layers.0.self_attn.o_proj" and n.is_a("MatMul")
+    )
+    weight = node.inputs[1]
+    assert weight is not None and weight.constant is not None
+    ours, theirs = made.get_submodule("model.layers.0.self_attn.o_proj").weight, tensor_of(weight.constant).T
+    assert ((ours - theirs).abs() > 1e-6).double().mean() < 0.02
+    window = WINDOWS[0][None]
+    with torch.no_grad():
+        original, found = (module(window).logits for module in (demo(), made))
+        again = Executor(from_graph)(*prompt(from_graph, WINDOWS[0]).values())[0]
+    # A code that rounding flips changes those after it, layer by layer: what is alike in the end is how far off both are.
+    if format != "w8a8":  # whose inputs are rounded, which is no matter of the weights
+        assert float((found - original).norm() / (again - original).norm()) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +299,7 @@ def test_modules_without_layers_one_after_another() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             x = self.table(ids)
             for part in self.parts:
-                x = part(x) + (1 if self.is_crooked else 0)
+                x = part(x) + 1 if self.is_crooked else part(x)
             return x
 
     ids = [torch.arange(5)]
