@@ -252,6 +252,30 @@ def test_quantizations_are_rows_of_the_table(tmp_path: Path) -> None:
     assert run(*asked, "--quantize", "int5").exit_code == run(*asked, "--kv-cache", "int5").exit_code == 2
 
 
+def test_clipped_and_calibrated_rows(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text(TEXT, encoding="utf-8")
+    asked = [
+        DEMO / "model.onnx",
+        "--text",
+        file,
+        "--context",
+        CONTEXT,
+        "--tokens",
+        41,
+        "--quantize",
+        "int4:64",
+        "--json",
+    ]
+    found = [
+        json.loads(run(*asked, *more).stdout)["measured"][1]
+        for more in ([], ["--clip"], ["--calibrate", file, "--calibration-tokens", 80])
+    ]
+    assert [row["name"] for row in found] == ["int4:64", "int4:64 clip", "int4:64 gptq"]
+    assert len({row["kl_mean"] for row in found}) == 3
+    assert found[2]["kl_mean"] < found[0]["kl_mean"]  # of the text that it was calibrated with
+
+
 @pytest.mark.parametrize(
     ("content", "code", "told"),
     [
