@@ -1,7 +1,7 @@
 """The second moments of products' inputs, product after product, each computed with what came of the products before it.
 
 A graph is computed as far as the next product, window after window, and what nothing will read any more is let go; of a module
-one layer after another is. Everything is in float32, moments in float64.
+one layer after another is. Graphs are computed in float32, modules in their own type; moments are float64.
 """
 
 import inspect
@@ -17,6 +17,7 @@ from fuser.errors import UnsupportedOperator, UsageError
 from fuser.evaluation import evaluate
 from fuser.graph import Graph, Node, Value
 from fuser.padded import prompt
+from fuser.runtime.executor import device_of
 from fuser.tensors import tensor_of
 
 LENGTH = 512  # tokens of a window, where a text is cut into such
@@ -56,11 +57,11 @@ class Walk:
             device: where it is computed; by default where the weights are.
 
         Raises:
-            UnsupportedOperator: the graph has an input that is not known.
+            UnsupportedOperator: the graph has an input whose purpose is not known.
         """
         self._order = list(graph.nodes)
         self._number = {node: i for i, node in enumerate(self._order)}
-        self._opset, self._device = graph.opset, device
+        self._opset, self._device = graph.opset, device or device_of(graph)
         self._next = 0
         given = [prompt(graph, window) for window in windows]
         self._held = [{value: self._placed(x) for value, x in inputs.items()} for inputs in given]
@@ -132,7 +133,7 @@ class Walk:
         return made
 
     def _placed(self, x: Tensor) -> Tensor:
-        return x.to(self._device or x.device, torch.float32 if x.is_floating_point() else None)
+        return x.to(self._device, torch.float32 if x.is_floating_point() else None)
 
 
 def _sizes(inputs: dict[Value, Tensor]) -> dict[sympy.Symbol, int]:
@@ -242,7 +243,10 @@ class LayerWalk:
     @torch.no_grad()
     def _whole(self, window: Tensor) -> None:
         quiet = {"use_cache": False} if "use_cache" in inspect.signature(self._module.forward).parameters else {}
-        self._module(window[None].to(next(self._module.parameters()).device), **quiet)
+        try:
+            self._module(window[None].to(next(self._module.parameters()).device), **quiet)
+        except IndexError:
+            raise UsageError("no calibration: the module has no such token or position") from None
 
     @torch.no_grad()
     def _layer(self, window: int) -> Tensor:

@@ -6,6 +6,7 @@ Functions of a weight [N, K], and of its inputs' second moment H = sum of x x^T 
 import torch
 from torch import Tensor
 
+from fuser.errors import InputError
 from fuser.formats import Format
 from fuser.quantized import Codes, decode, encode, pack, scales_of
 
@@ -91,7 +92,12 @@ def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of the inverse of a second moment [K, K], float64; inputs that are always zero stand alone.
 
     Damping is a share of the diagonal's mean; where that is too little it is made ten times as much, until it is enough.
+
+    Raises:
+        InputError: the moment is not finite.
     """
+    if not moment.isfinite().all():
+        raise InputError("calibration: inputs of a product are not finite, or too large")
     held = moment.double().clone()
     diagonal = held.diagonal()
     diagonal[diagonal == 0] = 1

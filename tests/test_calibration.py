@@ -282,6 +282,18 @@ def test_what_cannot_be_is_told(arguments: dict[str, Any], told: str) -> None:
         fuser.quantize(graph(), "int4", **arguments)
 
 
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_tokens_that_the_model_has_not(is_graph: bool) -> None:
+    model: Any = graph() if is_graph else demo()
+    with pytest.raises(fuser.FuserError, match="no such token|out of range|index"):
+        fuser.quantize(model, "int4", calibration=[[1, 2, 5000]])
+
+
+def test_inputs_that_are_not_finite() -> None:
+    with pytest.raises(InputError, match="not finite"):
+        inverse_factor(torch.full((2, 2), torch.nan))
+
+
 def test_windows() -> None:
     assert [len(window) for window in windows_of(list(range(1100)))] == [512, 512, 76]
     assert [len(window) for window in windows_of([[1, 2], [3]])] == [2, 1]

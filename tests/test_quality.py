@@ -18,6 +18,7 @@ from fuser.quality import Quality
 from fuser.quantizing import choices
 from fuser.report import size
 
+pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parents[1] / "models/demo"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "quantization.md"
 TOKENS = 8193
