@@ -16,7 +16,6 @@ from fuser.evaluating import Trial
 from fuser.models.train_demo import END, standard_library
 from fuser.quality import Quality
 from fuser.quantizing import choices
-from fuser.report import size
 
 pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parents[1] / "models/demo"
@@ -91,8 +90,12 @@ def _digest() -> str:
     return sha256(repr(tokens()).encode()).hexdigest()[:12]
 
 
+def _kilobytes(quality: Quality) -> str:
+    return f"{quality.weights_bytes / 1000:.0f} kB"
+
+
 def _line(format: str, way: str, quality: Quality) -> str:
-    first = f"| {format} | {way} | {size(quality.weights_bytes)} | {quality.perplexity:.3f} |"
+    first = f"| {format} | {way} | {_kilobytes(quality)} | {quality.perplexity:.3f} |"
     if quality.kl_mean is None or quality.kl_p999 is None or quality.top1 is None:
         return f"{first} | | |\n"
     return f"{first} {quality.kl_mean:.2e} | {quality.kl_p999:.2e} | {quality.top1:.2%} |\n"
@@ -119,7 +122,7 @@ def test_the_page(update_golden: bool) -> None:
     for format, way in (("int8:128", "nearest"), ("int4:128", "nearest"), ("int4:128", "clip"), ("nf4:64", "nearest")):
         found = measured(format, way)
         weights, *numbers = written[format, way]
-        assert weights == size(found.weights_bytes)
+        assert weights == _kilobytes(found)
         wanted = [float(number.rstrip("%")) for number in numbers]
         assert found.kl_p999 is not None and found.top1 is not None
         assert [found.perplexity, kl(format, way), found.kl_p999, 100 * found.top1] == pytest.approx(wanted, rel=0.01)
