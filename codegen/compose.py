@@ -4,29 +4,34 @@ A launch is read into its family's description; what the family does not have fo
 Outside attention and the cache a graph must be token-wise: each token's row is computed from its row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fuser import dims
 from fuser.codegen.arrangement import arrangement, keeps_rows
 from fuser.codegen.attention import Attention
-from fuser.codegen.compose_linear import Product, folds, product_of
+from fuser.codegen.compose_linear import Product, folds, product_of, quantized_of, scale_dtype
 from fuser.codegen.compose_rows import Run
 from fuser.codegen.elementwise import Column, Computed, Elementwise, Row, elementwise
 from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import ACTIVATIONS, Kernel
 from fuser.codegen.linear import MOST_TOKENS, Linear
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
-from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
+from fuser.codegen.program import Argument, Cached, Input, Part, Program, Rows, Scratch, State, Step, Weight
+from fuser.codegen.quantized import EXPONENTS, Dequantize, dequantize
 from fuser.codegen.rotary import Rotary, rotary_cache_write
 from fuser.codegen.step_inputs import inputs_of, is_integer, past_of, shifted, tokens_of, without_padding
 from fuser.codegen.tuning import Problem, Table
 from fuser.constants import Constant
 from fuser.content import content
 from fuser.errors import UnsupportedOperator, UsageError
+from fuser.formats import Format
 from fuser.graph import FUSER, Graph, Node, Origin, Value
 
 MASKED = -1e4  # a number that is added to scores to mask them is at most this
+NORMED_TOKENS = 16  # of a step at most, where products with codes compute the norm before them
+CODES: dict[str, Any] = {"weight": "codes", "scales": "scales", "zeros": "zeros"}
 CONTEXT = 1024  # keys of a sequence for which decode attention is laid out, without a search
 # What is done to each token by itself, along other axes than the tokens'.
 INDEPENDENT = ELEMENTWISE | {
@@ -46,9 +51,11 @@ ALONG = ("Softmax", "Concat", "Split", "Slice", "MatMul", *sorted(NORMS))  # wha
 
 def compose(
     graph: Graph, *, dtype: str, tokens: int, page: int = 16, decode: bool | None = None, table: Table | None = None,
-    rows: int | None = None,
+    rows: int | None = None, codes: bool = True,
 ) -> Program:  # fmt: skip
     """The program of a fused decoder for at most `tokens` new tokens, by the choices of `table`, or by default ones.
+
+    Quantized weights are read as codes, with `codes` and where kernels can; otherwise they are numbers when they are loaded.
 
     With `decode`, by default where there are at most 64, every sequence has one new token; without, each has any number,
     and with `rows` outputs are of at most so many tokens, which each step chooses.
@@ -61,14 +68,22 @@ def compose(
         raise UsageError(f"codegen: a step takes 1 or more tokens, not {tokens}")
     if rows is not None and (decode or rows < 1):
         raise UsageError(f"codegen: of 1 or more rows a step that is no decode gives outputs, not of {rows}")
-    return _Composer(graph, dtype, tokens, page, decode, table or Table(""), rows).program()
+    return _Composer(graph, dtype, tokens, page, decode, table or Table(""), rows, codes).program()
 
 
 class _Composer:
     """One program being composed; `places` are where the values are that steps have made."""
 
     def __init__(
-        self, graph: Graph, dtype: str, tokens: int, page: int, decode: bool, table: Table, rows: int | None
+        self,
+        graph: Graph,
+        dtype: str,
+        tokens: int,
+        page: int,
+        decode: bool,
+        table: Table,
+        rows: int | None,
+        codes: bool,
     ) -> None:
         self.graph = graph = split(graph)
         self.inputs = inputs_of(graph)
@@ -77,6 +92,7 @@ class _Composer:
         without_padding(graph, dims.add(self.past, self.tokens.sequence))
         self.launches = grouped(graph, "decode")
         self.decode, self.table = decode, table
+        self.codes = codes and dtype in EXPONENTS
         self.few = decode and tokens <= MOST_TOKENS  # whether products are kernels of few tokens
         nodes = [node for launch in self.launches for node in launch.nodes]
         self.made = Program(dtype, tokens, page, self.tokens, decode, rows)
@@ -180,6 +196,9 @@ class _Composer:
     def _linear(self, launch: Launch) -> None:
         found = product_of(launch, self.tokens, few=self.few)
         node, before = found.main, found.norm
+        if self.codes and (format := quantized_of(found.weight)) is not None:
+            self._of_codes(launch, found, format)
+            return
         folded = before is not None and folds(before, found.weight, self.tables)
         scale, shift = (_constant(before, i) if folded else None for i in (1, 2))
         weight = Weight("linear", found.weight, scale)
@@ -207,22 +226,77 @@ class _Composer:
             self.made.steps.append(Step("product", [tensors[name] for name in what], launch.origin, what=what))
         self._nodes(found.left)
 
-    def _small(self, found: Product, tensors: dict[str, Argument], kind: Any, before: Node | None) -> None:
+    def _of_codes(self, launch: Launch, found: Product, format: Format) -> None:
+        """A product with codes: of few tokens in one launch, of many a product of torch with the weight made just before."""
+        node, before = found.main, found.norm
+        is_known = before is not None and folds(before, found.weight, set())
+        # A norm's scale cannot be in codes. It is multiplied into x by every program, where that is little.
+        within = is_known and self.few and self.made.tokens <= NORMED_TOKENS and self.made.dtype == "bf16"
+        scale, shift = (_constant(before, i) if within else None for i in (1, 2))
+        if before is None:
+            x = self._whole(node.inputs[0], node)
+        elif within:
+            x = self._whole(before.inputs[0], before)
+        else:
+            x = self._norm(before, scaled=True)
+            x = self._selection(x, node) if node in self.tail else x
+        # Codes are in the order of the kernel of few tokens, whoever reads them.
+        described = self._described(product_of(launch, self.tokens, few=True), None, None, {})
+        described = replace(described, format=format, scale_dtype=scale_dtype(found.weight))
+        held = {name: Weight(kind, found.weight, product=described) for name, kind in CODES.items()}
+        if format.symmetric:
+            del held["zeros"]
+        tensors: dict[str, Argument] = {"x": x, **held}
+        kind = None
+        if within and before is not None:
+            kind = "rms" if before.op == "rms_norm" else "layer"
+            if scale is not None:
+                tensors["norm_weight"] = Weight("vector", scale)
+            if kind == "layer":
+                tensors["column_sums"] = Weight("column_sums", found.weight, scale)
+        bias = self._bias(found, Weight("linear", found.weight), shift)
+        if bias is not None:
+            tensors["bias"] = bias
+        if found.residual is not None:
+            tensors["residual"] = self._whole(found.residual, node)
+        if self.few:
+            self._small(found, tensors, kind, before, format)
+        else:
+            K, N = found.weight.shape
+            made = Scratch(N, K)
+            undone = Dequantize(described)
+            self._add(dequantize(undone), undone, [*held.values(), made], [node])
+            tensors |= {"weight": made, "y": self._results(found)}
+            what = tuple(name for name in ("x", "weight", "bias", "residual", "y") if name in tensors)
+            self.made.steps.append(Step("product", [tensors[name] for name in what], launch.origin, what=what))
+        self._nodes(found.left)
+
+    def _small(
+        self, found: Product, tensors: dict[str, Argument], kind: Any, before: Node | None, format: Format | None = None
+    ) -> None:
         """A product of few tokens, all in one launch."""
-        K, N = found.weight.shape
-        what = Linear(
-            N, K, self.made.tokens, self.made.dtype, norm=kind, bias="bias" in tensors, activation=found.activation,
-            norm_eps=float(before.attributes["eps"]) if kind and before is not None else 0.0,
-            gated=found.gated or found.activation is None,
-            residual="residual" in tensors, rotary=self._rotary(found.write, N) if found.write is not None else None,
-            head_norm_eps=found.head_norms[0].attributes["eps"] if found.head_norms else None,
-        )  # fmt: skip
+        what = self._described(found, kind, before, tensors)
+        if format is not None:
+            what = replace(
+                what, format=format, scale_dtype=scale_dtype(found.weight), norm_weight="norm_weight" in tensors
+            )
         if found.write is not None and what.rotary is not None:
             tensors |= self._written(found.write, what.rotary)
         for name, node in zip("qk", found.head_norms or (), strict=False):
             tensors[f"{name}_norm_weight"] = _vector(node.inputs[1], node)
         tensors["y"] = self._results(found)
         self._add(self._chosen(Problem(what)), what, [tensors[name] for name in what.tensors], found.nodes)
+
+    def _described(self, found: Product, kind: Any, before: Node | None, tensors: Mapping[str, Argument]) -> Linear:
+        """A product of few tokens as its family describes it."""
+        K, N = found.weight.shape
+        return Linear(
+            N, K, self.made.tokens, self.made.dtype, norm=kind, bias="bias" in tensors, activation=found.activation,
+            norm_eps=float(before.attributes["eps"]) if kind and before is not None else 0.0,
+            gated=found.gated or found.activation is None,
+            residual="residual" in tensors, rotary=self._rotary(found.write, N) if found.write is not None else None,
+            head_norm_eps=found.head_norms[0].attributes["eps"] if found.head_norms else None,
+        )  # fmt: skip
 
     def _results(self, found: Product) -> Rows:
         """The rows of a product; of several results side by side, a part for each."""

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.kernel import ACTIVATIONS, power_of_two
 from fuser.codegen.plan import NORMS, Launch
-from fuser.constants import Constant, Transposed
+from fuser.constants import Constant, Joined, Transposed
+from fuser.formats import Format
 from fuser.graph import FUSER, Node, Value
+from fuser.quantized import Quantized
 
 
 @dataclass(eq=False)
@@ -160,6 +162,28 @@ def _takes_write(made: Product, own: set[Node], taken: set[Node], tokens: Tokens
     made.result = write.output if has_rotary else parts[0]
     taken |= passed
     return True
+
+
+def quantized_parts(weight: Constant) -> list[Quantized]:
+    """The quantized weights [N, K] that a weight [K, N] is made of, side by side; none where it is not of such alone."""
+    parts = weight.parts if isinstance(weight, Joined) else (weight,)
+    found = [part.base for part in parts if isinstance(part, Transposed) and isinstance(part.base, Quantized)]
+    return found if len(found) == len(parts) else []
+
+
+def quantized_of(weight: Constant) -> Format | None:
+    """The format of a weight that kernels can read as codes: one for all of its parts."""
+    parts = quantized_parts(weight)
+    formats = {part.format for part in parts}
+    format = next(iter(formats)) if len(formats) == 1 else None
+    if format is None or format.activations or format.kind not in ("int4", "int8"):
+        return None
+    return format if len({part.scales.dtype for part in parts}) == 1 else None
+
+
+def scale_dtype(weight: Constant) -> str:
+    """The element type of a quantized weight's scales, as kernels name it."""
+    return {"float16": "fp16", "bfloat16": "bf16"}.get(quantized_parts(weight)[0].scales.dtype.value, "fp32")
 
 
 def folds(norm: Node, weight: Constant, tables: set[int]) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal
 from fuser.codegen.kernel import Emitter, Kernel, activated, element, power_of_two
 from fuser.codegen.rotary import Rotary, rotary_epilogue
 from fuser.errors import UsageError
+from fuser.formats import Format
 
 MOST_TOKENS = 64
 
@@ -38,6 +39,11 @@ class Linear:
     [M, N / 2]. With `residual`, y += residual, [M, width of y]. With `rotary`, rows of W are those of the heads of q, k and
     v, in this order: y [M, H Dh] holds the queries, turned, and keys and values go to their slots of the cache; before
     they turn, each head of q and k has its RMSNorm if `head_norm_eps` is given, with a weight [Dh] each.
+
+    With `format`, W is codes in the order of codegen/quantized.py, int32, with `scales` [groups, N] of `scale_dtype` and,
+    unless it is symmetric, `zeros` of `dtype`, -zero as the kernel adds it: rows of W in the order of the kernel's columns,
+    those of gate (of the first of each pair that turns) before those of up (the second). Codes stay as they are, so a
+    norm's own scale is a tensor, with `norm_weight`.
     """
 
     N: int
@@ -53,6 +59,9 @@ class Linear:
     residual: bool = False
     rotary: Rotary | None = None
     head_norm_eps: float | None = None
+    format: Format | None = None
+    scale_dtype: str = "fp16"
+    norm_weight: bool = False
 
     @property
     def width(self) -> int:
@@ -69,7 +78,10 @@ class Linear:
     @property
     def tensors(self) -> list[str]:
         """The kernel's tensors, in the order of `launch`."""
-        names = ["x", "weight", *["column_sums"] * (self.norm == "layer")]
+        names = ["x", "weight"]
+        if self.format is not None:
+            names += ["scales"] + ["zeros"] * (not self.format.symmetric)
+        names += ["norm_weight"] * self.norm_weight + ["column_sums"] * (self.norm == "layer")
         names += ["bias"] * self.bias + ["residual"] * self.residual
         if self.rotary is not None:
             names += ["q_norm_weight", "k_norm_weight"] * (self.head_norm_eps is not None)
@@ -86,7 +98,15 @@ def linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
     Raises:
         UsageError: sizes, a dtype, an activation or a tiling that the family does not have.
     """
+    if what.format is not None:
+        raise UsageError("codegen: a product with codes is no plain linear")
     tiling = tiling or default_tiling(what)
+    checked(what, tiling)
+    return Composition(what, tiling).kernel()
+
+
+def checked(what: Linear, tiling: Tiling) -> None:
+    """Raises UsageError for what the family does not have."""
     if not 1 <= what.tokens <= MOST_TOKENS:
         raise UsageError(f"codegen: a linear of few tokens takes 1 to {MOST_TOKENS}, not {what.tokens}")
     if what.norm not in (None, "rms", "layer"):
@@ -95,9 +115,10 @@ def linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
         raise UsageError(f"codegen: gate and up side by side have an even width, not {what.N}")
     if what.rotary is not None:
         _check_rotary(what, what.rotary, tiling)
+    if what.norm_weight and (what.format is None or what.norm is None):
+        raise UsageError("codegen: a norm's scale is a tensor only where the weight is codes; else it is in the weight")
     if tiling.splits < 1 or (tiling.splits - 1) * tiling.BLOCK_K * _steps(what, tiling) >= what.K:
         raise UsageError(f"codegen: K = {what.K} has no {tiling.splits} parts of whole steps of {tiling.BLOCK_K}")
-    return _Composition(what, tiling).kernel()
 
 
 def _check_rotary(what: Linear, rotary: Rotary, tiling: Tiling) -> None:
@@ -156,12 +177,30 @@ def _steps(what: Linear, tiling: Tiling) -> int:
     return -(-steps // tiling.splits)
 
 
-class _Composition:
+def rows_of(e: Emitter, what: Linear) -> list[str]:
+    """The row of W of each side, by the column n of a program."""
+    if what.pairs:
+        return ["n", "(N + n)"]
+    if what.rotary is None:
+        return ["n"]
+    e.add("# Rows of W by pairs that turn together, within one head; what does not turn is in pairs as well.")
+    e.add("head = n // (D // 2)", "pair = n % (D // 2)")
+    if what.rotary.interleaved:
+        first, second = "2 * pair", "2 * pair + 1"
+    elif what.rotary.rotary_dim == what.rotary.head_dim:
+        first, second = "pair", "R + pair"
+    else:
+        first, second = "tl.where(pair < R, pair, R + pair)", "tl.where(pair < R, R, D // 2) + pair"
+    e.add(f"a_row = head * D + {first}", f"b_row = head * D + {second}")
+    return ["a_row", "b_row"]
+
+
+class Composition:
     """One kernel being composed; each method adds one part of its body."""
 
     def __init__(self, what: Linear, tiling: Tiling) -> None:
         self.what, self.tiling = what, tiling
-        self.dot = what.tokens > 1
+        self.dot = what.tokens > 1 or what.format is not None
         self.rows = max(power_of_two(what.tokens), 16) if self.dot else 1
         self.sides = ("gate", "up") if what.pairs else ("a", "b") if what.rotary else ("out",)
         self.columns = _columns(what)
@@ -202,6 +241,10 @@ class _Composition:
                 e.pointer(tensor, element(what.rotary.table_dtype))
             elif tensor == "column_sums":
                 e.pointer(tensor, "fp32")
+            elif tensor == "scales":
+                e.pointer(tensor, element(what.scale_dtype))
+            elif tensor == "weight" and what.format is not None:
+                e.pointer(tensor, "i32")
             else:
                 e.pointer(tensor, "i32" if tensor in ("positions", "slot_mapping") else element(what.dtype))
         if tiling.splits > 1:
@@ -235,13 +278,6 @@ class _Composition:
         self._host()
         return self.emitter.kernel()
 
-    @property
-    def _row_names(self) -> list[str]:
-        """The row of W of each side, by the column n of a program."""
-        if self.what.pairs:
-            return ["n", "(N + n)"]
-        return ["a_row", "b_row"] if self.what.rotary else ["n"]
-
     def _places(self) -> None:
         e = self.emitter
         e.add("n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)")
@@ -249,16 +285,12 @@ class _Composition:
             e.add("n_inside = n < N")
         if self.dot:
             e.add("m = tl.arange(0, BLOCK_M)", "m_inside = m < tokens")
-        if self.what.rotary:
-            e.add("# Rows of W by pairs that turn together, within one head; what does not turn is in pairs as well.")
-            e.add("head = n // (D // 2)", "pair = n % (D // 2)")
-            if self.what.rotary.interleaved:
-                first, second = "2 * pair", "2 * pair + 1"
-            elif self.what.rotary.rotary_dim == self.what.rotary.head_dim:
-                first, second = "pair", "R + pair"
-            else:
-                first, second = "tl.where(pair < R, pair, R + pair)", "tl.where(pair < R, R, D // 2) + pair"
-            e.add(f"a_row = head * D + {first}", f"b_row = head * D + {second}")
+        self._row_names = rows_of(e, self.what)
+        self._row_pointers()
+
+    def _row_pointers(self) -> None:
+        """Where the rows of W begin."""
+        e = self.emitter
         for side, row in zip(self.sides, self._row_names, strict=True):
             e.add(f"{side}_rows = weight + {row if self.what.by_input else f'{row}.to(tl.int64) * K'}")
 
@@ -415,6 +447,10 @@ class _Composition:
             e.add(f"out += tl.load(residual + {place}{masked}).to(tl.float32)")
         e.add(f"tl.store(y + {place}, out{masked})")
 
+    def _more_arguments(self) -> list[str]:
+        """Numbers that a launch passes besides."""
+        return []
+
     def _host(self) -> None:
         e, what, tiling = self.emitter, self.what, self.tiling
         blocks = -(-self.columns // tiling.BLOCK_N)
@@ -423,7 +459,7 @@ class _Composition:
             size = len(self.sides) * tiling.BLOCK_N * self.rows + len(self.statistics) * self.rows
             e.workspace = (blocks * tiling.splits * size, blocks)
             parameters += ["partial", "arrived"]
-        arguments = parameters + ["tokens"] * self.dot
+        arguments = parameters + ["tokens"] * self.dot + self._more_arguments()
         grid = f"({blocks!r}, {tiling.splits!r})" if tiling.splits > 1 else f"({blocks!r},)"
         filled = "y and the slots of the caches" if what.rotary else "y"
         e.host += [

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from fuser.codegen.arrangement import Tokens
 from fuser.codegen.kernel import DTYPES, Kernel
+from fuser.codegen.linear import Linear
+from fuser.codegen.quantized import order_of
 from fuser.constants import Constant
 from fuser.graph import Node, Origin
 
@@ -24,22 +26,25 @@ class Weight:
 
     `linear`: `base` [K, N] as [N, K], its columns times `scale` [K]. `column_sums`: the sums over K of such a linear, float32.
     `bias`: `base` [N] (none: zeros), plus `shift` [K] @ `linear` [K, N]. `vector`: as it is. `table`: the rows `start`, ... of
-    `base`. `cos`, `sin`: of positions `start`, ... times `base` [R] frequencies, times `factor`, float32.
+    `base`. `cos`, `sin`: of positions `start`, ... times `base` [R] frequencies, times `factor`, float32. `codes`, `scales`,
+    `zeros`: of a quantized `base`, as the kernel of `product` reads them.
     """
 
-    kind: Literal["linear", "column_sums", "bias", "vector", "table", "cos", "sin"]
+    kind: Literal["linear", "column_sums", "bias", "vector", "table", "cos", "sin", "codes", "scales", "zeros"]
     base: Constant | None
     scale: Constant | None = None
     shift: Constant | None = None
     linear: Constant | None = None
     start: int = 0
     factor: float = 1.0
+    product: Linear | None = None
 
     @property
     def key(self) -> Any:
         """What identifies the tensor: weights made alike from the same stored ones have equal keys."""
         held = (self.base, self.scale, self.shift, self.linear)
-        return self.kind, *(c.key if c is not None else None for c in held), self.start, self.factor
+        order = order_of(self.product) if self.product is not None else None
+        return self.kind, *(c.key if c is not None else None for c in held), self.start, self.factor, order
 
 
 @dataclass(eq=False)
@@ -62,6 +67,14 @@ class Part:
     @property
     def width(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A matrix [N, K] in the program's element type, which a step makes and the next one reads; all share one memory."""
+
+    N: int
+    K: int
 
 
 @dataclass(eq=False)
@@ -90,7 +103,7 @@ class Cached:
     which: Literal["k", "v"]
 
 
-Argument = Weight | Rows | Part | Input | Cached
+Argument = Weight | Rows | Part | Input | Cached | Scratch
 
 
 @dataclass(eq=False)
@@ -132,12 +145,18 @@ class Program:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the memory that rows take."""
+        """Bytes of the memory that rows, and matrices made on the way, take."""
         held = [a.rows if isinstance(a, Part) else a for step in self.steps for a in step.arguments]
         sizes = {
             r.place: (self.rows or 0 if r.selected else self.tokens) * r.width for r in held if isinstance(r, Rows)
         }
-        return sum(sizes.values()) * DTYPES[self.dtype]
+        return (sum(sizes.values()) + self.scratch) * DTYPES[self.dtype]
+
+    @property
+    def scratch(self) -> int:
+        """Elements of the memory that matrices made on the way share."""
+        made = [a.N * a.K for step in self.steps for a in step.arguments if isinstance(a, Scratch)]
+        return max(made, default=0)
 
     def share(self) -> None:
         """Gives every rows a place: those of one size take one another's memory, once nothing reads them any more."""

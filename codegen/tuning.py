@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fuser.codegen import cache
+from fuser.codegen import cache, quantized
 from fuser.codegen.attention import Attention, decode, default_splits, prefill
 from fuser.codegen.elementwise import elementwise
 from fuser.codegen.kernel import Kernel, power_of_two
 from fuser.codegen.linear import Linear, Tiling, default_tiling, linear
+from fuser.codegen.quantized import quantized_linear
 from fuser.codegen.rotary import Rotary, rotary_cache_write
 from fuser.errors import FuserError, OutputError
 
@@ -63,7 +64,8 @@ class Problem:
         """
         given: dict[str, Any] = dict(choice or self.default)
         if isinstance(self.what, Linear):
-            return linear(self.what, Tiling(**given))
+            make = quantized_linear if self.what.format is not None else linear
+            return make(self.what, Tiling(**given))
         if isinstance(self.what, Attention):
             return decode(self.what, **given) if self.decode else prefill(self.what, **given)
         if isinstance(self.what, Rotary):
@@ -82,7 +84,8 @@ class Problem:
     def default(self) -> Choice:
         """What is taken where nothing was measured."""
         if isinstance(self.what, Linear):
-            return _arguments(default_tiling(self.what))
+            default = quantized.default_tiling if self.what.format is not None else default_tiling
+            return _arguments(default(self.what))
         if isinstance(self.what, Attention) and self.decode:
             return {"splits": default_splits(self.what, self.sequences, self.tokens)}
         return {}
@@ -140,8 +143,26 @@ def _arguments(tiling: Tiling) -> Choice:
     return {place.name: getattr(tiling, place.name) for place in fields(tiling)}
 
 
+def _tilings_of_codes(what: Linear, whole_head: int) -> Iterator[Tiling]:
+    assert what.format is not None
+    C = quantized.columns(what.format)
+    steps = -(-what.K // C)
+    for rows, warps in ((64, 4), (128, 4), (128, 8), (32, 2)):
+        if whole_head and rows != whole_head:
+            continue
+        for held in (1, 2, 4, 8) if what.tokens <= 16 else ():
+            yield Tiling(rows, C, -(-steps // held), warps, 1)
+        for splits in (1, 2, 3, 4, 6, 8):
+            for stages in (3, 4, 6):
+                if splits <= max(steps // 4, 1) and rows >= 64:
+                    yield Tiling(rows, C, splits, warps, stages)
+
+
 def _tilings(what: Linear) -> Iterator[Tiling]:
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
+    if what.format is not None:
+        yield from _tilings_of_codes(what, whole_head)
+        return
     if what.tokens == 1 and not whole_head:
         for rows in (1, 2, 4):
             for columns, warps in (

@@ -1,6 +1,7 @@
 """Runs the programs that codegen composes: weights made once, paged caches, kernels and torch's products in order."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from sys import maxsize
 from typing import Any, Literal
 
@@ -11,15 +12,19 @@ from torch import Tensor
 from fuser.codegen import cache
 from fuser.codegen.arrangement import Arrangement, Tokens, arrangement
 from fuser.codegen.compose import compose
+from fuser.codegen.compose_linear import quantized_parts
 from fuser.codegen.embedding import Embedding
-from fuser.codegen.program import INPUTS, Argument, Cached, Input, Part, Program, Rows, State, Step, Weight
+from fuser.codegen.program import INPUTS, Argument, Cached, Input, Part, Program, Rows, Scratch, State, Step, Weight
+from fuser.codegen.quantized import sides_of
 from fuser.codegen.tuning import table_of
-from fuser.constants import Constant, Joined
+from fuser.constants import Constant, Joined, Transposed
 from fuser.dtypes import DType
 from fuser.errors import UsageError
 from fuser.evaluation import evaluate
 from fuser.graph import Graph, Node, Value
 from fuser.patterns.rotary_table import rotary_table
+from fuser.quantized import Codes, Quantized
+from fuser.runtime.packing import packed
 from fuser.runtime.paging import Group
 from fuser.step_reference import reference
 from fuser.tensors import tensor_of
@@ -34,6 +39,7 @@ class Weights:
         """`positions`: how many rows tables of rotary embedding have."""
         self.device, self.dtype, self.positions = device, DTYPES[dtype], positions
         self.made: dict[Any, Tensor] = {}
+        self._scratch: Tensor | None = None
 
     def __getitem__(self, weight: Weight) -> Tensor:
         if weight.key not in self.made:
@@ -43,10 +49,39 @@ class Weights:
     def _wide(self, constant: Constant) -> Tensor:
         return tensor_of(constant).to(self.device, torch.float32)
 
+    def scratch(self, N: int, K: int) -> Tensor:
+        """Memory for a matrix [N, K] that is made on the way, one for all."""
+        if self._scratch is None or self._scratch.numel() < N * K:
+            self._scratch = torch.empty(N * K, dtype=self.dtype, device=self.device)
+        return self._scratch[: N * K].view(N, K)
+
+    def reserve(self, elements: int) -> None:
+        """Makes that memory as large as the largest will be, once."""
+        self.scratch(elements, 1)
+
+    def _packed(self, weight: Weight) -> Tensor:
+        """The words of a quantized weight; its scales and zeros are made with them."""
+        assert weight.base is not None and weight.product is not None
+        held = [part.tensors() for part in quantized_parts(weight.base)]
+        tensors = [
+            [x for x in parts if x is not None]
+            for parts in zip(*((c.packed, c.scales, c.zeros) for c in held), strict=True)
+        ]
+        codes, scales, zeros = (torch.cat(parts).to(self.device) if parts else None for parts in tensors)
+        assert codes is not None and scales is not None
+        sides = torch.tensor(sides_of(weight.product), device=self.device)
+        whole = Codes(codes, scales, zeros, held[0].format, held[0].width)
+        for kind, made in zip(("codes", "scales", "zeros"), packed(whole, sides, self.dtype), strict=True):
+            if made is not None:
+                self.made[replace(weight, kind=kind).key] = made  # type: ignore[arg-type]
+        return self.made[weight.key]
+
     def _make(self, weight: Weight) -> Tensor:
         base = weight.base
+        if weight.kind in ("codes", "scales", "zeros"):
+            return self._packed(weight)
         if weight.kind == "column_sums":
-            return self[Weight("linear", base, weight.scale)].float().sum(1)
+            return self._make(Weight("linear", base, weight.scale)).float().sum(1)
         if weight.kind == "bias":
             assert base is not None or weight.linear is not None
             total = self._wide(base) if base is not None else torch.zeros((), device=self.device)
@@ -68,6 +103,12 @@ class Weights:
         return found[weight.start :].reshape(found.shape[0] - weight.start, -1) if weight.kind == "table" else found
 
     def _linear(self, base: Constant, scale: Tensor | None) -> Tensor:
+        quantized = base.base if isinstance(base, Transposed) and isinstance(base.base, Quantized) else None
+        if quantized is not None:
+            held = quantized.tensors()
+            zeros = None if held.zeros is None else held.zeros.to(self.device)
+            codes = Codes(held.packed.to(self.device), held.scales.to(self.device), zeros, held.format, held.width)
+            return (codes.weight if scale is None else codes.weight * scale).to(self.dtype)
         stored = tensor_of(base).T.to(self.device)
         return (stored if scale is None else stored.float() * scale).to(self.dtype)
 
@@ -112,6 +153,7 @@ class Stepper:
         if key not in self._programs:
             self._programs[key] = compose(
                 self.graph, dtype=self.dtype, tokens=tokens, page=self.page, decode=decode, table=self.table, rows=rows,
+                codes=self.kernels == "triton",
             )  # fmt: skip
         return self._programs[key]
 
@@ -206,6 +248,7 @@ class Bound:
             torch.empty(floats, dtype=torch.float32, device=device),
             torch.zeros(counters, dtype=torch.int32, device=device),
         )
+        weights.reserve(program.scratch)
         self.launches = [self._launch(step) for step in program.steps]
 
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
@@ -275,6 +318,8 @@ class Bound:
                 return lambda inputs: inputs[argument.name]
             group = self.groups[argument.state.past]
             return lambda inputs: inputs[argument.name][group]
+        if isinstance(argument, Scratch):
+            return lambda inputs: self.weights.scratch(argument.N, argument.K)
         held = (
             self.caches[argument.state.past][argument.which] if isinstance(argument, Cached) else self.weights[argument]
         )

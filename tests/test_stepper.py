@@ -14,10 +14,12 @@ from torch import Tensor
 from fuser import importer, patterns
 from fuser.canonicalize import canonicalize
 from fuser.codegen.compose import compose
+from fuser.codegen.linear import Linear
 from fuser.constants import Array
 from fuser.dtypes import DType
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.graph import Graph, Node, Value
+from fuser.quantizing import quantize
 from fuser.rewriting import rewrite
 from fuser.runtime.executor import Executor
 from fuser.shapes import infer
@@ -85,11 +87,11 @@ class Sequences:
         return {name: tensor.to(DEVICE) for name, tensor in given.items()} | {"longest": max(lengths)}
 
 
-def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2e-5) -> None:
+def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2e-5, dtype: str = "fp32") -> None:
     """Runs the spans of tokens one after another, and compares every token's logits."""
     logits_of = graph.outputs[0]
     sequences = Sequences(int((logits_of.shape or ())[-1]))
-    stepper = Stepper(graph, dtype="fp32", device=DEVICE, pages=sequences.pages, page=PAGE, positions=64)
+    stepper = Stepper(graph, dtype=dtype, device=DEVICE, pages=sequences.pages, page=PAGE, positions=64)
     found: list[list[Tensor]] = [[], [], []]
     for step in spans:
         lengths = [stop - start for start, stop in step]
@@ -100,7 +102,7 @@ def check(graph: Graph, spans: list[list[tuple[int, int]]], tolerance: float = 2
                     tensor.fill_(float("nan"))
         for memory in bound.memory.values():
             memory.fill_(float("nan"))
-        logits = bound(**sequences.inputs(step))[logits_of.name].cpu()
+        logits = bound(**sequences.inputs(step))[logits_of.name].cpu().float()
         for row, part in enumerate(logits.clone().split(lengths)):
             found[row].append(part)
     for row, ids in enumerate(sequences.ids):
@@ -227,3 +229,16 @@ def test_an_encoder_is_refused_by_name() -> None:
 def test_a_step_has_a_token_or_more() -> None:
     with pytest.raises(UsageError, match="1 or more tokens, not 0"):
         compose(fused("llama"), dtype="bf16", tokens=0)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8:32", "int4:64:asymmetric"])
+def test_quantized_weights_are_read_as_codes(name: str) -> None:
+    """Prompts by products with the weights that codes stand for, steps by kernels that read codes."""
+    graph = quantize(importer.load(DEMO), name)
+    canonicalize(graph)
+    rewrite(graph, patterns.ALL)
+    check(graph, [PREFILL, *DECODE], tolerance=3e-2, dtype="bf16")
+    kernels = compose(graph, dtype="bf16", tokens=3, page=PAGE).steps
+    assert sum(step.what.format is not None for step in kernels if isinstance(step.what, Linear)) == 4 * 5
+    plain = compose(graph, dtype="bf16", tokens=3, page=PAGE, codes=False).steps
+    assert not any(step.what.format for step in plain if isinstance(step.what, Linear))

@@ -1,0 +1,443 @@
+"""Linear kernels whose weight is codes: dequantized in registers, on the way from memory to the tensor cores.
+
+The weight lies in the order in which threads hold it: units of 16 rows, in each steps of 512 / bits columns of K, in each 2 x 8
+rows (r, r + 8) of 16 words. Of a row's word 4 t + j the two halves hold the columns 32 j + 8 p + 2 t and the one after (of
+8-bit codes 16 j + 8 p + 2 t), p the place within the half, lowest first: what thread t of a row gives to a product of tensor
+cores, so that nothing is moved between threads.
+
+A half, its other codes masked out, is a subnormal number of the element type, code * 2^-133 (float16: 2^-24); one fused
+multiply-add makes (code - zero) * 2^-6 (2^-9) of it, without rounding.
+"""
+
+from dataclasses import dataclass
+
+from fuser.codegen.kernel import Emitter, Kernel
+from fuser.codegen.linear import Composition, Linear, Tiling, checked, rows_of
+from fuser.errors import UsageError
+from fuser.formats import Format
+
+UNIT = 16  # rows of W that a product of tensor cores takes together
+# What a number of two bytes that is all mantissa is multiplied by: an exponent, and what remains of it.
+EXPONENTS = {"bf16": (127, -6), "fp16": (15, -9)}
+HALVES = {4: 0x000F000F, 8: 0x00FF00FF}  # the lowest code of each half of a word
+
+
+def columns(format: Format) -> int:
+    """Columns of K of one step."""
+    return 512 // format.bits
+
+
+def parts(format: Format) -> int:
+    """Parts of a step that have scales of their own."""
+    return columns(format) // format.group if format.group and format.group < columns(format) else 1
+
+
+def values(e: Emitter, format: Format, dtype: str) -> None:
+    """Gives the kernel the device function `values`."""
+    shift, remains = EXPONENTS[dtype]
+    name = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[dtype]
+    zero = "zero[:, None]" if not format.symmetric else repr(-float(format.middle) * 2.0**remains)
+    given = ", zero" if not format.symmetric else ""
+    e.part(
+        f'''
+@triton.jit
+def halves(v, FACTOR: tl.constexpr{given}):
+    """Both halves of words as numbers: (code - zero) * 2^{remains}."""
+    low = (v & 0xFFFF).to(tl.int16).to({name}, bitcast=True) * FACTOR + {zero}
+    high = (v >> 16).to(tl.int16).to({name}, bitcast=True) * FACTOR + {zero}
+    return tl.join(low, high)
+'''
+    )
+    by = ", zero" if not format.symmetric else ""
+    if format.bits == 4:
+        e.part(
+            f'''
+@triton.jit
+def values(words, lowest{given}):
+    """Words [rows, 4 J] as (code - zero) * 2^{remains} [rows, 32 J], rows and columns in their order."""
+    ROWS: tl.constexpr = words.shape[0]
+    J: tl.constexpr = words.shape[1] // 4
+    second = lowest << 4  # in their place, 16 times as much
+    a, b = halves(words & lowest, {2.0**shift!r}{by}), halves(words & second, {2.0 ** (shift - 4)!r}{by})
+    words >>= 8
+    c, d = halves(words & lowest, {2.0**shift!r}{by}), halves(words & second, {2.0 ** (shift - 4)!r}{by})
+    all = tl.join(tl.join(a, c), tl.join(b, d)).reshape(2, ROWS // 16, 8, 4, J, 2, 2, 2)
+    return all.permute(1, 0, 2, 4, 6, 7, 3, 5).reshape(ROWS, 32 * J)
+'''
+        )
+    else:
+        e.part(
+            f'''
+@triton.jit
+def values(words, lowest{given}):
+    """Words [rows, 4 J] as (code - zero) * 2^{remains} [rows, 16 J], rows and columns in their order."""
+    ROWS: tl.constexpr = words.shape[0]
+    J: tl.constexpr = words.shape[1] // 4
+    a, b = halves(words & lowest, {2.0**shift!r}{by}), halves((words >> 8) & lowest, {2.0**shift!r}{by})
+    all = tl.join(a, b).reshape(2, ROWS // 16, 8, 4, J, 2, 2)
+    return all.permute(1, 0, 2, 4, 6, 3, 5).reshape(ROWS, 16 * J)
+'''
+        )
+    if parts(format) > 1:
+        e.part(
+            '''
+@triton.jit
+def halved(words):
+    """Words [rows, 4 J] of the first and of the second half of the columns."""
+    ROWS: tl.constexpr = words.shape[0]
+    J: tl.constexpr = words.shape[1] // 4
+    first, second = tl.split(words.reshape(ROWS, 4, 2, J // 2).permute(0, 1, 3, 2))
+    return first.reshape(ROWS, 2 * J), second.reshape(ROWS, 2 * J)
+'''
+        )
+
+
+class _Codes:
+    """What kernels that read codes have in common: where they are, and how a step becomes numbers."""
+
+    def __init__(self, e: Emitter, what: Linear, sides: tuple[str, ...], columns_n: int, BLOCK_N: int) -> None:
+        assert what.format is not None
+        self.e, self.what, self.format, self.sides = e, what, what.format, sides
+        self.C, self.parts = columns(what.format), parts(what.format)
+        self.steps = -(-what.K // self.C)
+        self.units = -(-columns_n // UNIT)
+        self.ragged_n = columns_n % BLOCK_N != 0
+        self.ragged_k = what.K % self.C != 0
+        self.group = what.format.grouped(what.K) if what.format.group and what.format.group < what.K else None
+        self.per = self.group // self.C if self.group and self.group > self.C else 1
+        remains = EXPONENTS[what.dtype][1]
+        self.factor = 2.0**-remains
+
+    def declare(self) -> None:
+        e = self.e
+        e.constant(STEPS=self.steps, UNITS=self.units)
+        values(e, self.format, self.what.dtype)
+
+    def places(self) -> None:
+        """The rows of words that a program reads, in the order in which its threads hold them."""
+        e = self.e
+        e.add(
+            "i = tl.arange(0, BLOCK_N)",
+            "unit = tl.program_id(0) * (BLOCK_N // 16) + i // 8 % (BLOCK_N // 16)",
+            "within = i // (BLOCK_N // 2) * 8 + i % 8",
+            "word = tl.arange(0, 16)",
+        )
+        if self.ragged_n:
+            e.add("unit_inside = (unit < UNITS)[:, None]")
+        for index, side in enumerate(self.sides):
+            place = f"({index} * UNITS + unit)" if index else "unit"
+            e.add(f"{side}_words = weight + {place} * (STEPS * 256) + within * 16")
+
+    def load(self, side: str, step: str, target: str) -> None:
+        """The words of a step. Past the last step it is any: x is zero there."""
+        masked = ", mask=unit_inside, other=0" if self.ragged_n else ""
+        self.e.add(
+            f"{target} = tl.load({side}_words[:, None] + {step} * 256 + word[None, :]{masked}, "
+            'eviction_policy="evict_first")'
+        )
+
+    def group_of(self, step: str, part: int) -> str:
+        if self.group is None:
+            return "0"
+        if self.parts > 1:
+            return f"({step} * {self.parts} + {part})"
+        return f"({step} // {self.per})" if self.per > 1 else step
+
+    def load_scales(self, step: str, part: int, suffix: str) -> None:
+        """Scales, and zeros, of one part of a step."""
+        masked = ", mask=n_inside, other=0.0" if self.ragged_n else ""
+        for index, side in enumerate(self.sides):
+            row = f"({self.group_of(step, part)} * {len(self.sides)} + {index}) * N"
+            if self.group is not None:
+                self.e.add(f"{side}_scale{suffix} = tl.load(scales + {row} + n{masked})")
+            if not self.format.symmetric:
+                inside = ", mask=unit * 16 + within < N, other=0.0"
+                self.e.add(
+                    f"{side}_zero{suffix} = tl.load(zeros + {row} + unit * 16 + within{inside if self.ragged_n else ''})"
+                )
+
+    def load_channel_scales(self) -> None:
+        """The one scale of each row."""
+        masked = ", mask=n_inside, other=0.0" if self.ragged_n else ""
+        for index, side in enumerate(self.sides):
+            self.e.add(f"{side}_scale = tl.load(scales + {index} * N + n{masked})")
+
+    def split(self, side: str, words: str) -> list[str]:
+        """Names of the words of each part."""
+        e = self.e
+        if self.parts == 1:
+            return [words]
+        if self.parts == 2:
+            names = [f"{words}_0", f"{words}_1"]
+            e.add(f"{names[0]}, {names[1]} = halved({words})")
+            return names
+        e.add(f"{words}_a, {words}_b = halved({words})")
+        names = [f"{words}_{part}" for part in range(4)]
+        e.add(f"{names[0]}, {names[1]} = halved({words}_a)", f"{names[2]}, {names[3]} = halved({words}_b)")
+        return names
+
+    def value(self, words: str, side: str, suffix: str) -> str:
+        zero = f", {side}_zero{suffix}" if not self.format.symmetric else ""
+        return f"values({words}, lowest{zero})"
+
+
+def quantized_linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
+    """The kernel of a `what` with a format, as `linear` gives it."""
+    return _Quantized(what, tiling or default_tiling(what)).kernel()
+
+
+def default_tiling(what: Linear) -> Tiling:
+    """A tiling that is good without a search: `BLOCK_K` is one step; with one stage all steps of a part are loaded at once."""
+    assert what.format is not None
+    whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
+    C = columns(what.format)
+    steps = -(-what.K // C)
+    share = what.N // 2 if what.pairs or what.rotary is not None else what.N
+    BLOCK_N = whole_head or 64
+    blocks = -(-share // BLOCK_N)
+    sides = 2 if what.pairs or what.rotary is not None else 1
+    if what.tokens == 1:
+        held = max(256 // C // sides, 1)  # steps of a part
+        return Tiling(BLOCK_N, C, _parts_of(steps, held), 4, 1)
+    wanted = max(min(-(-(264 if what.tokens <= 16 else 396) // blocks), steps // 4), 1)
+    return Tiling(BLOCK_N, C, _parts_of(steps, -(-steps // wanted)), 4, 4)
+
+
+def _parts_of(steps: int, held: int) -> int:
+    """Parts of K of so many steps each, the last one perhaps shorter."""
+    return -(-steps // held)
+
+
+class _Quantized(Composition):
+    """One kernel being composed: places, main loop and emitter are those of codes, the rest is any linear's."""
+
+    def __init__(self, what: Linear, tiling: Tiling) -> None:
+        assert what.format is not None
+        if what.dtype not in EXPONENTS:
+            raise UsageError(f"codegen: a product with codes computes in {', '.join(EXPONENTS)}, not {what.dtype}")
+        if columns(what.format) != tiling.BLOCK_K or tiling.BLOCK_N % UNIT or what.by_input:
+            raise UsageError(
+                f"codegen: a product with codes takes {columns(what.format)} columns a step and rows by {UNIT}, not {tiling}"
+            )
+        checked(what, tiling)
+        super().__init__(what, tiling)
+        self.held = -(-self.codes.steps // tiling.splits)
+        if tiling.num_stages == 1 and self.held > 8:
+            raise UsageError(f"codegen: registers hold 8 steps of codes at most, not {self.held}")
+        if (tiling.splits - 1) * self.held >= self.codes.steps:
+            raise UsageError(f"codegen: {self.codes.steps} steps have no {tiling.splits} parts")
+
+    def _emitter(self) -> Emitter:
+        e = super()._emitter()
+        self.codes = _Codes(e, self.what, self.sides, self.columns, self.tiling.BLOCK_N)
+        e.integer("lowest")
+        e.constants.pop("PART", None)
+        self.codes.declare()
+        if self.what.norm_weight:
+            e.details = (*e.details, "x is multiplied by the norm's weight on its way.")
+        return e
+
+    def _row_pointers(self) -> None:
+        self.codes.places()
+
+    @property
+    def _statistics_rows(self) -> int:
+        return self.codes.C // self.codes.parts
+
+    def _main_loop(self) -> None:
+        e, codes = self.emitter, self.codes
+        e.add("# Main loop: codes stream by, x stays in the cache.")
+        for side in self.sides:
+            e.add(f"{side} = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)")
+        for name in self.statistics:
+            e.add(f"{name} = tl.zeros([{self._statistics_rows}, BLOCK_M], tl.float32)")
+        e.add(f"columns = tl.arange(0, {self._statistics_rows})")
+        begin = f"tl.program_id(1) * {self.held}" if self.tiling.splits > 1 else "0"
+        if self.tiling.num_stages == 1:
+            self._unrolled_codes(begin)
+        else:
+            self._looped_codes(begin)
+        if codes.group is None:
+            e.add("# One scale a row.")
+            codes.load_channel_scales()
+            for side in self.sides:
+                e.add(f"{side} *= ({side}_scale.to(tl.float32) * {codes.factor!r})[:, None]")
+        for name in self.statistics:
+            e.add(f"{name} = tl.sum({name}, 0)")
+
+    def _unrolled_codes(self, begin: str) -> None:
+        """All loads of a part before anything is waited for."""
+        e, codes = self.emitter, self.codes
+        e.add(f"begin = {begin}")
+        uneven = self.held * self.tiling.splits != codes.steps
+        for j in range(self.held):
+            for side in self.sides:
+                codes.load(side, f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})", f"{side}_tile_{j}")
+        for j in range(self.held):
+            place = f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})"
+            for part in range(codes.parts):
+                codes.load_scales(place, part, f"_{j}_{part}")
+        e.wait()
+        for j in range(self.held):
+            for part in range(codes.parts):
+                self._load_part(f"(begin + {j})", part, f"_{j}_{part}", checked=uneven or codes.ragged_k)
+        for j in range(self.held):
+            for side in self.sides:
+                names = codes.split(side, f"{side}_tile_{j}")
+                for part, words in enumerate(names):
+                    self._multiply_codes(side, words, f"_{j}_{part}")
+
+    def _looped_codes(self, begin: str) -> None:
+        """Words are on their way some steps before they are needed, scales one step."""
+        e, codes = self.emitter, self.codes
+        end = "STEPS"
+        if self.tiling.splits > 1:
+            e.add(f"begin = {begin}", f"end = tl.minimum(begin + {self.held}, STEPS)")
+            begin, end = "begin", "end"
+        scaled = codes.group is not None or not codes.format.symmetric
+        suffixes = [f"_{part}" for part in range(codes.parts)]
+        if scaled:
+            for part, suffix in enumerate(suffixes):
+                codes.load_scales(begin, part, suffix)
+        e.wait()
+        with e.block(f"for step in range({begin}, {end}):"):
+            for side in self.sides:
+                codes.load(side, "step", f"{side}_tile")
+            for part, suffix in enumerate(suffixes):
+                self._load_part("step", part, suffix, checked=codes.ragged_k)
+            if scaled:
+                e.add("following = tl.minimum(step + 1, STEPS - 1)")
+                for part, suffix in enumerate(suffixes):
+                    codes.load_scales("following", part, f"{suffix}_next")
+            for side in self.sides:
+                for words, suffix in zip(codes.split(side, f"{side}_tile"), suffixes, strict=True):
+                    self._multiply_codes(side, words, suffix)
+            for suffix in suffixes if scaled else ():
+                for side in self.sides:
+                    if codes.group is not None:
+                        e.add(f"{side}_scale{suffix} = {side}_scale{suffix}_next")
+                    if not codes.format.symmetric:
+                        e.add(f"{side}_zero{suffix} = {side}_zero{suffix}_next")
+
+    def _load_part(self, step: str, part: int, suffix: str, *, checked: bool) -> None:
+        """x of one part of a step, [columns, BLOCK_M], times the norm's weight; and its statistics."""
+        e, codes = self.emitter, self.codes
+        width = self._statistics_rows
+        start = f"{step} * {codes.C}" + (f" + {part * width}" if part else "")
+        e.add(f"k = {start} + columns")
+        inside = " & (k < K)[:, None]" if checked else ""
+        e.add(
+            f"x{suffix} = tl.load(x + m[None, :] * K + k[:, None], mask=m_inside[None, :]{inside}, other=0.0, "
+            'eviction_policy="evict_last")'
+        )
+        if not self.statistics:
+            return
+        e.add(f"wide = x{suffix}.to(tl.float32)")
+        for name in self.statistics:
+            e.add(f"{name} += {'wide * wide' if name == 'squares' else 'wide'}")
+        if self.what.norm_weight:
+            masked = ", mask=k < K, other=0.0" if checked else ""
+            e.add(f"norm_scale = tl.load(norm_weight + k{masked}).to(tl.float32)")
+            e.add(f"x{suffix} = (wide * norm_scale[:, None]).to(x.dtype.element_ty)")
+
+    def _multiply_codes(self, side: str, words: str, suffix: str) -> None:
+        e, codes = self.emitter, self.codes
+        made = codes.value(words, side, suffix)
+        if codes.group is None:
+            e.add(f"{side} = tl.dot({made}, x{suffix}, {side})")
+        else:
+            scale = f"({side}_scale{suffix}.to(tl.float32) * {codes.factor!r})[:, None]"
+            e.add(f"{side} += tl.dot({made}, x{suffix}) * {scale}")
+
+    def _more_arguments(self) -> list[str]:
+        return [hex(HALVES[self.codes.format.bits])]
+
+
+def order_of(what: Linear) -> tuple[object, ...]:
+    """What the order of rows in a kernel's codes depends on."""
+    r = what.rotary
+    if r is not None:
+        return r.heads + 2 * r.kv_heads, r.head_dim, r.rotary_dim, r.interleaved
+    return (what.pairs,)
+
+
+def sides_of(what: Linear) -> list[list[int]]:
+    """The rows of W that each side of a kernel has, by its columns."""
+    r = what.rotary
+    if r is None:
+        half = what.N // 2
+        return [[*range(half)], [*range(half, what.N)]] if what.pairs else [[*range(what.N)]]
+    half, R = r.head_dim // 2, r.rotary_dim // 2
+    pairs = range(half)
+    if r.interleaved:
+        places = [2 * i for i in pairs], [2 * i + 1 for i in pairs]
+    else:  # what does not turn is in pairs of its own, after both halves of what does
+        places = [i if i < R else R + i for i in pairs], [R + i if i < R else half + i for i in pairs]
+    heads = range(0, what.N, r.head_dim)
+    return [[head + place for head in heads for place in side] for side in places]
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """What a kernel that undoes a weight's codes computes: y [N, K] = W, its rows in their own order.
+
+    `linear`: the product whose kernel reads the same codes.
+    """
+
+    linear: Linear
+
+
+def dequantize(what: Dequantize) -> Kernel:
+    """The kernel of `what`: launch(weight, scales, [zeros,] y)."""
+    of = what.linear
+    assert of.format is not None
+    e = Emitter(
+        "dequantize",
+        f"y = W [{of.N}, {of.K}], of {of.format.bits}-bit codes.",
+        (
+            "Grid: (blocks of rows, steps of K).",
+            "One program makes 64 rows of one step. Numbers in float32, rounded once.",
+        ),
+        {"num_warps": 4, "num_stages": 1},
+    )
+    sides = ("gate", "up") if of.pairs else ("a", "b") if of.rotary is not None else ("out",)
+    share = of.N // len(sides)
+    codes = _Codes(e, of, sides, share, 64)
+    e.pointer("weight", "i32")
+    e.pointer("scales", of.scale_dtype)
+    if not of.format.symmetric:
+        e.pointer("zeros", of.dtype)
+    e.pointer("y", of.dtype)
+    e.integer("lowest")
+    e.constant(N=share, K=of.K, BLOCK_N=64)
+    if of.rotary is not None:
+        e.constant(D=of.rotary.head_dim, R=of.rotary.rotary_dim // 2)
+    codes.declare()
+    e.begin(waits=True)
+    e.add("n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)", "step = tl.program_id(1)")
+    if codes.ragged_n:
+        e.add("n_inside = n < N")
+    codes.places()
+    names = rows_of(e, of)
+    width = codes.C // codes.parts
+    if codes.group is None:
+        codes.load_channel_scales()
+    for part in range(codes.parts):
+        codes.load_scales("step", part, f"_{part}")
+    for side, row in zip(sides, names, strict=True):
+        codes.load(side, "step", f"{side}_tile")
+        for part, words in enumerate(codes.split(side, f"{side}_tile")):
+            scale = f"{side}_scale" if codes.group is None else f"{side}_scale_{part}"
+            made = codes.value(words, side, f"_{part}")
+            e.add(f"made = {made}.to(tl.float32) * ({scale}.to(tl.float32) * {codes.factor!r})[:, None]")
+            e.add(f"k = step * {codes.C} + {part * width} + tl.arange(0, {width})")
+            masks = ["n_inside[:, None]"] * codes.ragged_n + ["(k < K)[None, :]"] * codes.ragged_k
+            masked = f", mask={' & '.join(masks)}" if masks else ""
+            e.add(f"tl.store(y + {row}.to(tl.int64)[:, None] * K + k[None, :], made{masked})")
+    tensors = ["weight", "scales", *["zeros"] * (not of.format.symmetric), "y"]
+    e.host += [
+        f"def launch({', '.join(tensors)}, pdl=False):",
+        '    """Fills y."""',
+        f"    {e.launched(f'({-(-share // 64)!r}, {codes.steps!r})', *tensors, hex(HALVES[of.format.bits]))}",
+    ]
+    return e.kernel()
