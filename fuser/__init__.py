@@ -16,8 +16,10 @@ from fuser.version import __version__
 if TYPE_CHECKING:
     from fuser.api import FusedModel, fuse
     from fuser.compiling import compile
+    from fuser.evaluating import evaluate
     from fuser.llm import LLM
     from fuser.loading import Model, load
+    from fuser.quality import Quality
     from fuser.quantizing import quantize
     from fuser.report import Report
     from fuser.runtime.parameters import SamplingParams
@@ -30,6 +32,7 @@ __all__ = [
     "InputError",
     "Model",
     "OutputError",
+    "Quality",
     "Report",
     "SamplingParams",
     "UnsupportedOperator",
@@ -37,6 +40,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "compile",
+    "evaluate",
     "fuse",
     "load",
     "quantize",
@@ -47,7 +51,9 @@ _LAZY = {
     "SamplingParams": "fuser.runtime.parameters",
     "FusedModel": "fuser.api",
     "compile": "fuser.compiling",
+    "evaluate": "fuser.evaluating",
     "fuse": "fuser.api",
+    "Quality": "fuser.quality",
     "Report": "fuser.report",
     "Model": "fuser.loading",
     "load": "fuser.loading",

@@ -419,6 +419,59 @@ def generate(
             console.print(_lines(generating.statistics_text(found["statistics"])), markup=False)
 
 
+@app.command("eval", context_settings=HELP)
+def eval_(
+    model: Annotated[Path, typer.Argument(help="An ONNX file or a Hugging Face folder.", show_default=False)],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text, UTF-8.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(metavar="ORIGINAL", help="Compare with this model; else MODEL is the original.")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT,...", help="Compare MODEL in these formats: int8,int4:128,nf4:64,w8a8."),
+    ] = None,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="Quantize with scales that make each group's squared error least.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Quantize by GPTQ, computing the model on this text; UTF-8.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of it at most.")] = 16384,
+    kv_cache: Annotated[str, typer.Option(help="Element type of MODEL's keys and values; auto: dtype.")] = "auto",
+    tokens: Annotated[int | None, typer.Option(help="Use so many tokens of the text at most.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window; by default as many as the model takes, at most 2048.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A tokenizer's folder; by default the model's own.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default the model's own.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where it runs; by default a GPU that is there, else the CPU.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure how well a model predicts a text: perplexity, and how near its predictions are to an original's.
+
+    Near: mean and 99.9th percentile of KL(original || model) of next-token distributions, in nats, and the share of tokens
+    whose likeliest one is the same. Exit codes: those of `fuse`.
+    """
+    with _failing(quiet=quiet, verbose=verbose) as (_, progress):
+        from fuser import evaluating
+
+        trial = evaluating.Trial(
+            model, evaluating.read(text), against=against, tokens=tokens, context=context, dtype=dtype, device=device,
+            tokenizer=tokenizer, progress=progress,
+        )  # fmt: skip
+        given = evaluating.read(calibrate) if calibrate is not None else None
+        asked = quantize.split(",") if quantize is not None else []
+        ways = trial.ways(asked, clip=clip, calibration=given, tokens=calibration_tokens)
+        found = evaluating.rows(trial, ways, kv_cache=kv_cache, is_compared=against is not None)
+        evaluating.main(trial, found, as_json=as_json)
+
+
 def _ids(text: str) -> list[int]:
     found = text.replace(",", " ").split()
     if not all(part.isdecimal() for part in found):

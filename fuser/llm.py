@@ -111,7 +111,7 @@ class LLM:
     """
 
     def __init__(
-        self, model: "str | os.PathLike[str] | nn.Module", *, dtype: str | None = None,
+        self, model: "str | os.PathLike[str] | nn.Module | Source", *, dtype: str | None = None,
         device: torch.device | str | None = None, kv_cache: str = "auto", page_size: int = 16,
         max_tokens_in_flight: int | None = None, memory_fraction: float = 0.9, max_length: int | None = None,
         max_sequences: int = 256, max_step_tokens: int | None = None, prefix_caching: bool = True, tokenizer: Any = None,

@@ -127,6 +127,28 @@ class PaddedRunner:
         return filled.to(self.device)
 
 
+def prompt(graph: Graph, tokens: Tensor) -> dict[Value, Tensor]:
+    """What a graph takes for a prompt [S] without a past.
+
+    Raises:
+        UnsupportedOperator: it takes something else, or no token ids.
+    """
+    states = _states(graph)
+    kinds = _kinds(graph, states)
+    S = len(tokens)
+    found = {}
+    for value in graph.inputs:
+        kind, shape, dtype = kinds[value.name], value.shape, value.dtype
+        if not kind or shape is None or dtype is None:
+            raise UnsupportedOperator(f"what input '{value.name}' is for is not known")
+        if kind == "state":
+            found[value] = torch.zeros(1, int(shape[1]), 0, int(shape[3]), dtype=dtype.torch)
+        else:
+            row = {"tokens": tokens, "positions": torch.arange(S), "mask": torch.ones(S)}[kind]
+            found[value] = row[None].to(dtype.torch)
+    return found
+
+
 def _states(graph: Graph) -> dict[str, str]:
     """The inputs that hold keys or values [B, G, P, Dh], and the outputs that hold them afterwards."""
     found = {}

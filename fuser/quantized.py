@@ -71,7 +71,7 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, format: Format)
     rows = torch.where(wide == 0, 0.0, rows)
     if format.kind == "nf4":
         levels = torch.tensor(NF4, device=weight.device)
-        codes = torch.bucketize(rows, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = torch.bucketize(rows.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     elif format.kind == "fp8":
         codes = rows.clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).view(torch.uint8)
     else:

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fuser.calibrating import LayerWalk, Moments, Walk, windows_of
+from fuser.calibration import clipped, gptq
 from fuser.constants import Constant, Joined, Transposed
 from fuser.errors import InputError, UsageError
 from fuser.formats import Format, format_of
 from fuser.graph import FUSER, Graph, Node, Value
-from fuser.quantized import Codes, Quantized, dequantize, fake_quantize
+from fuser.quantized import Codes, Quantized, dequantize, encode, fake_quantize, pack
 from fuser.tensors import tensor_of, to_constant
 
 Model = TypeVar("Model", nn.Module, Graph)
@@ -33,11 +35,24 @@ class Choices:
         overrides: glob of a module's path -> format, or None: kept as it is; the last that matches counts. A glob also
             matches what is below it.
         head: whether the product that makes the logits is quantized where no override names it.
+        clip: whether scales are searched that make the squared error least, in place of those that reach every weight.
+        windows: of token ids [S] to calibrate with by GPTQ; none: weights are rounded by themselves.
     """
 
     format: Format
     overrides: Mapping[str, Format | None] = field(default_factory=dict)
     head: bool = False
+    clip: bool = False
+    windows: tuple[Tensor, ...] = ()
+
+    def __str__(self) -> str:
+        way = " gptq" if self.windows else " clip" if self.clip else ""
+        return f"{self.format}{way}"
+
+    @property
+    def rounding(self) -> Rounding:
+        """How weights are rounded by themselves."""
+        return least_squares if self.clip else nearest
 
     def of(self, path: str, *, is_head: bool) -> Format | None:
         """The format of the linear at a module's path."""
@@ -51,15 +66,21 @@ class Choices:
 def choices(
     format: str | Format, *, group_size: int | None = None, symmetric: bool | None = None,
     overrides: Mapping[str, str | Format | None] | None = None, keep: Sequence[str] = (), head: bool = False,
+    clip: str | None = None, calibration: Any = None, method: str = "gptq", tokenizer: Any = None,
 ) -> Choices:  # fmt: skip
-    """The choices that arguments name.
+    """The choices that arguments name, as of `quantize`.
 
     Raises:
-        UsageError: there is no such format.
+        UsageError: there is no such format, or an argument cannot be.
     """
+    if clip not in (None, "mse"):
+        raise UsageError(f"clip is mse or None, not {clip!r}")
+    if method != "gptq":
+        raise UsageError(f"the method of calibration is gptq, not {method!r}")
+    windows = () if calibration is None else windows_of(calibration, tokenizer)
     given: dict[str, Format | None] = dict.fromkeys(keep)
     given |= {glob: None if name is None else format_of(name) for glob, name in (overrides or {}).items()}
-    return Choices(format_of(format, group_size, symmetric), given, head)
+    return Choices(format_of(format, group_size, symmetric), given, head, clip is not None, windows)
 
 
 def nearest(name: str, weight: Tensor, format: Format) -> Codes:
@@ -67,10 +88,26 @@ def nearest(name: str, weight: Tensor, format: Format) -> Codes:
     return Codes.of(weight, format)
 
 
+def least_squares(name: str, weight: Tensor, format: Format) -> Codes:
+    """Codes nearest to the weights by scales that make the squared error least."""
+    scales, zeros = clipped(weight, format)
+    return Codes(pack(encode(weight, scales, zeros, format), format), scales, zeros, format, weight.shape[1])
+
+
+def by_moments(moments: Moments) -> Rounding:
+    """Codes that make what a product gives for inputs like these nearest."""
+
+    def rounding(name: str, weight: Tensor, format: Format) -> Codes:
+        return gptq(weight, moments.factor.to(weight.device), format, moments.importance.to(weight.device))
+
+    return rounding
+
+
 def quantize(
     model: Model, format: str | Format, *, group_size: int | None = None, symmetric: bool | None = None,
     overrides: Mapping[str, str | Format | None] | None = None, keep: Sequence[str] = (), head: bool = False,
-    device: torch.device | str | None = None, rounding: Rounding = nearest, progress: Note | None = None,
+    device: torch.device | str | None = None, rounding: Rounding | None = None, progress: Note | None = None,
+    clip: str | None = None, calibration: Any = None, method: str = "gptq", tokenizer: Any = None,
 ) -> Model:  # fmt: skip
     """A module or a graph whose linears hold codes in place of weights; the one that is given stays as it is.
 
@@ -86,14 +123,23 @@ def quantize(
         keep: globs of what is kept as it is.
         head: whether to quantize the product that makes the logits.
         device: where weights are rounded; by default where they are.
-        rounding: how a weight becomes codes.
+        rounding: how a weight becomes codes, in place of what the arguments below say.
         progress: called with the name of each weight.
+        clip: `mse`: of each group, the range is cut by the factor (1, 0.99, ... 0.5) that makes its squared error least.
+        calibration: windows of token ids, ids one after another, or a text, that the model is computed on: weights make
+            good for one another what rounding changes in its products. Scales are cut then too. A module needs a list
+            of layers, and is given in evaluation mode.
+        method: of calibration: `gptq` (arXiv:2210.17323).
+        tokenizer: with `encode`, for a text.
 
     Raises:
         InputError: a weight is not finite, or has no elements.
         UsageError: there is no such format; nothing is left to quantize.
     """
-    chosen = choices(format, group_size=group_size, symmetric=symmetric, overrides=overrides, keep=keep, head=head)
+    chosen = choices(
+        format, group_size=group_size, symmetric=symmetric, overrides=overrides, keep=keep, head=head, clip=clip,
+        calibration=calibration, method=method, tokenizer=tokenizer,
+    )  # fmt: skip
     return quantized(model, chosen, device=device, rounding=rounding, progress=progress)
 
 
@@ -102,7 +148,7 @@ def quantized(
     chosen: Choices,
     *,
     device: torch.device | str | None = None,
-    rounding: Rounding = nearest,
+    rounding: Rounding | None = None,
     progress: Note | None = None,
 ) -> Model:
     """The same, for choices that are made."""
@@ -166,12 +212,13 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Tensor
 
 
 def _module(
-    module: nn.Module, chosen: Choices, rounding: Rounding, device: torch.device | None, note: Note
+    module: nn.Module, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note
 ) -> nn.Module:
     embeddings: Any = getattr(module, "get_output_embeddings", None)
     head = embeddings() if embeddings is not None else None
     shared = [*module.parameters(), *module.buffers()]
     made: nn.Module = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    walk = LayerWalk(made, chosen.windows) if chosen.windows and rounding is None else None
     count = 0
     for path, part, weight, bias in list(_linears(module)):
         format = chosen.of(path, is_head=part is head)
@@ -180,7 +227,8 @@ def _module(
         if weight.is_meta:
             raise InputError(f"'{path}' has no elements to quantize: it is on the meta device")
         note(path)
-        codes = _placed(rounding(path, weight.detach().to(device or weight.device), format), weight.device)
+        rounds = rounding or (by_moments(walk.moments(path)) if walk is not None else chosen.rounding)
+        codes = _placed(rounds(path, weight.detach().to(device or weight.device), format), weight.device)
         made.set_submodule(path, QuantizedLinear(codes, bias, weight.dtype))
         count += 1
     if not count:
@@ -193,8 +241,9 @@ def _placed(codes: Codes, device: torch.device) -> Codes:
     return Codes(codes.packed.to(device), codes.scales.to(device), zeros, codes.format, codes.width)
 
 
-def _graph(graph: Graph, chosen: Choices, rounding: Rounding, device: torch.device | None, note: Note) -> Graph:
+def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note) -> Graph:
     heads = _heads(graph)
+    walk = Walk(graph, chosen.windows, device) if chosen.windows and rounding is None else None
     made: dict[tuple[Any, Format], Quantized] = {}
     rounded: dict[tuple[Value, str], Value] = {}
     count = 0
@@ -204,14 +253,15 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding, device: torch.devi
         if weight is None or format is None or any(isinstance(leaf, Quantized) for leaf in weight.leaves()):
             continue
         note(node.origin.module or node.output.name)
+        rounds = rounding or (by_moments(walk.moments(node)) if walk is not None else chosen.rounding)
 
-        def codes_of(part: Constant, format: Format = format, node: Node = node) -> Constant:
+        def codes_of(part: Constant, format: Format = format, node: Node = node, rounds: Rounding = rounds) -> Constant:
             if isinstance(part, Joined):
                 return Joined(tuple(codes_of(one) for one in part.parts))
             key = part.key, format
             if key not in made:
                 rows = tensor_of(part).T
-                codes = rounding(node.origin.module, rows.to(device or rows.device), format)
+                codes = rounds(node.origin.module, rows.to(device or rows.device), format)
                 made[key] = constant_of(_placed(codes, rows.device), part)
             return Transposed(made[key])
 

@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from sys import maxsize
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class Source:
                 return None
             raise UsageError("a tokenizer's folder needs transformers: pip install 'fuser[hf]'") from None
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # lengths are looked at where a text is used
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=maxsize)
         except Exception as error:  # it raises what its parts raise
             text = " ".join(str(error).split())
             raise InputError(
@@ -80,13 +82,15 @@ class Source:
 
 
 def source_of(model: Any, *, verify: bool, note: Progress, choices: Choices | None = None) -> Source:
-    """What a model is, its weights quantized where `choices` says so, and fused.
+    """What a model is, its weights quantized where `choices` says so, and fused; a Source is fused already.
 
     Raises:
         InputError: it cannot be read or captured.
         UnsupportedOperator: it has an operator that is not known.
         UsageError: it is none that can be generated with.
     """
+    if isinstance(model, Source):
+        return model if choices is None else replace(model, graph=quantized(model.graph, choices))
     if isinstance(model, Compiled):
         if choices is not None:
             raise UsageError("a module is quantized before it is compiled: fuser.compile(fuser.quantize(module, ...))")

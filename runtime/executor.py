@@ -56,7 +56,7 @@ class Executor:
         graph = graph.clone()
         infer(graph)
         self.inputs = graph.inputs
-        self.device = torch.device(device) if device is not None else _device_of(graph)
+        self.device = torch.device(device) if device is not None else device_of(graph)
         self._graph = graph  # keeps constants alive, by whose identity tensors are shared
         self._loaded: dict[Any, Tensor] = {}
         self._leaves: dict[int, Tensor] = {}
@@ -226,7 +226,7 @@ def _torch_dtype(value: Value) -> torch.dtype:
         raise UnsupportedOperator(f"input '{value.name}' is {value.dtype}, which torch has no tensors of") from None
 
 
-def _device_of(graph: Graph) -> torch.device:
+def device_of(graph: Graph) -> torch.device:
     """Where the weights of a module are."""
     for value in graph.constants():
         for leaf in value.constant.leaves() if value.constant is not None else ():

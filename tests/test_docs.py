@@ -1,4 +1,4 @@
-"""The examples of README.md, docs/python.md and docs/generation.md, run as they stand there."""
+"""The examples of README.md, docs/python.md, docs/generation.md and docs/quantization.md, run as they stand there."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def _blocks(page: Path) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/generation.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/generation.md", "docs/quantization.md"])
 def test_examples(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")  # what they write stays out of the repository
     monkeypatch.chdir(tmp_path)
