@@ -11,17 +11,19 @@ from typing import Any
 from fuser import dims
 from fuser.codegen.arrangement import arrangement, keeps_rows
 from fuser.codegen.attention import Attention
-from fuser.codegen.compose_linear import Product, folds, product_of, quantized_of, scale_dtype
+from fuser.codegen.compose_linear import Product, folds, product_of, quantized_of, rounded_of, scale_dtype
 from fuser.codegen.compose_rows import Run
 from fuser.codegen.elementwise import Column, Computed, Elementwise, Row, elementwise
 from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import ACTIVATIONS, Kernel
 from fuser.codegen.kv_groups import group_of
 from fuser.codegen.linear import MOST_TOKENS, Linear
+from fuser.codegen.matmul import Matmul, matmul
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
 from fuser.codegen.program import Argument, Cached, Held, Input, Part, Program, Rows, Scratch, State, Step, Weight
 from fuser.codegen.quantized import EXPONENTS, Dequantize, dequantize
 from fuser.codegen.rotary import Rotary, rotary_cache_write
+from fuser.codegen.rounding import Rounding, rounding
 from fuser.codegen.step_inputs import inputs_of, is_integer, past_of, shifted, tokens_of, without_padding
 from fuser.codegen.tuning import Problem, Table
 from fuser.constants import Constant
@@ -108,6 +110,7 @@ class _Composer:
         self.windows: dict[State, list[int | None]] = {}  # of those who read it
         self.normed: dict[tuple[Node, bool], Rows] = {}
         self.chosen: dict[Rows, Rows] = {}  # rows, and the selected ones of them
+        self.rounded: dict[Value, tuple[Rows, Rows]] = {}  # rows of eight bits, and their scales
 
     def program(self) -> Program:
         for launch in self.launches:
@@ -117,7 +120,7 @@ class _Composer:
                 main, *others = launch.nodes
                 self._attention(main)
                 self._nodes(others)
-            elif launch.family != "positions":
+            elif launch.family != "positions" and not self._is_rounded_at_once(launch):
                 self._nodes(launch.nodes)
         for value in self.graph.outputs:
             if value not in self.states:
@@ -201,6 +204,9 @@ class _Composer:
         if self.codes and (format := quantized_of(found.weight)) is not None:
             self._of_codes(launch, found, format)
             return
+        if node.inputs[0] in self.rounded and (format := rounded_of(found.weight)) is not None:
+            self._of_eight_bits(launch, format)
+            return
         folded = before is not None and folds(before, found.weight, self.tables)
         scale, shift = (_constant(before, i) if folded else None for i in (1, 2))
         weight = Weight("linear", found.weight, scale)
@@ -258,6 +264,90 @@ class _Composer:
             tensors |= {"weight": made, "y": self._results(found)}
             what = tuple(name for name in ("x", "weight", "bias", "residual", "y") if name in tensors)
             self.made.steps.append(Step("product", [tensors[name] for name in what], launch.origin, what=what))
+        self._nodes(found.left)
+
+    def _is_rounding(self, node: Node) -> bool:
+        """Whether all that read a node's rounded rows are products of eight bits."""
+        return (
+            self.codes
+            and node.is_a("fake_quantize", FUSER)
+            and not node.output.is_output
+            and all(
+                (user.is_a("MatMul") or user.is_a("packed_linear", FUSER))
+                and (weight := user.input(1)) is not None
+                and weight.constant is not None
+                and rounded_of(weight.constant) is not None
+                for user in node.output.consumers
+            )
+        )
+
+    def _is_rounded_at_once(self, launch: Launch) -> bool:
+        """Whether a launch is a norm that whoever rounds its rows computes: nothing else reads it."""
+        node, *others = launch.nodes
+        readers = node.output.consumers
+        return (
+            not others
+            and node.op in NORMS
+            and node.domain == FUSER
+            and not node.output.is_output
+            and len(readers) == 1
+            and self._is_rounding(readers[0])
+            and all(value is None or value.constant is not None for value in node.inputs[1:])
+        )
+
+    def _rounding(self, node: Node) -> None:
+        """Rows in eight bits, of the norm before them where that is part of it."""
+        value = node.inputs[0]
+        assert value is not None
+        norm = value.producer if value not in self.places else None
+        is_norm = norm is not None and norm.op in NORMS and norm.domain == FUSER
+        tensors: dict[str, Argument] = {}
+        eps = 0.0
+        if is_norm and norm is not None:
+            tensors["x"], eps = self._rows(norm.inputs[0], norm), float(norm.attributes["eps"])
+            for name, vector in zip(("weight", "bias"), norm.inputs[1:], strict=False):
+                if vector is not None:
+                    tensors[name] = _vector(vector, norm)
+        else:
+            tensors["x"] = self._rows(value, node)
+        width, kind = _columns(tensors["x"]), node.attributes["kind"]  # type: ignore[arg-type]
+        selected = node in self.tail
+        if selected and not _is_selected(tensors["x"]):
+            tensors["x"] = self._selected(tensors["x"], node)  # type: ignore[arg-type]
+        tensors["y"], tensors["scales"] = Rows(width, selected, dtype=kind), Rows(1, selected, dtype="fp32")
+        what = Rounding(
+            width, kind, self.made.dtype, None if not is_norm or norm is None else "rms" if norm.op == "rms_norm" else "layer",
+            eps, "weight" in tensors, "bias" in tensors,
+        )  # fmt: skip
+        made = [norm, node] if is_norm and norm is not None else [node]
+        self._add(rounding(what), what, [tensors[name] for name in what.tensors], made)
+        self.rounded[node.output] = tensors["y"], tensors["scales"]  # type: ignore[assignment]
+
+    def _of_eight_bits(self, launch: Launch, format: Format) -> None:
+        """A product of eight bits by a kernel, of few tokens and of many."""
+        found = product_of(launch, self.tokens, few=self.few, writes=self._writes, gates=True)
+        node = found.main
+        assert node.inputs[0] is not None
+        x, x_scales = self.rounded[node.inputs[0]]
+        tensors: dict[str, Argument] = {
+            "x": x, "x_scales": x_scales,
+            "weight": Weight("eights", found.weight), "scales": Weight("row_scales", found.weight),
+        }  # fmt: skip
+        bias = self._bias(found, Weight("linear", found.weight), None)
+        if bias is not None:
+            tensors["bias"] = bias
+        if found.residual is not None:
+            tensors["residual"] = self._whole(found.residual, node)
+        if self.few:
+            self._small(found, tensors, None, None, format)
+        else:
+            K, N = found.weight.shape
+            large = Matmul(
+                N, K, self.made.dtype, bias="bias" in tensors, activation=found.activation, gated=found.gated,
+                residual="residual" in tensors, kind=format.kind,
+            )  # fmt: skip
+            tensors["y"] = self._results(found)
+            self._add(matmul(large), large, [tensors[name] for name in large.tensors], found.nodes)
         self._nodes(found.left)
 
     def _small(
@@ -433,6 +523,11 @@ class _Composer:
         for node in nodes:
             if keeps_rows(node, self.tokens) or is_integer(node):
                 continue
+            if self._is_rounding(node):
+                self._rowwise(run)
+                run = Run(self.tokens)
+                self._rounding(node)
+                continue
             if all((node in self.tail) == (other in self.tail) for other in run.nodes[:1]) and run.takes(node):
                 continue
             self._rowwise(run)
@@ -539,6 +634,10 @@ def _vector(value: Value | None, reader: Node) -> Weight:
     if value is None or value.constant is None:
         raise _refused(reader, "its scale is not known")
     return Weight("vector", value.constant)
+
+
+def _is_selected(rows: Argument) -> bool:
+    return rows.rows.selected if isinstance(rows, Part) else isinstance(rows, Rows) and rows.selected
 
 
 def _columns(rows: Rows | Part) -> int:

@@ -7,7 +7,7 @@ from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.kernel import ACTIVATIONS, power_of_two
 from fuser.codegen.plan import NORMS, Launch
 from fuser.constants import Constant, Joined, Transposed
-from fuser.formats import Format
+from fuser.formats import KNOWN, Format
 from fuser.graph import FUSER, Node, Value
 from fuser.quantized import Quantized
 
@@ -30,8 +30,10 @@ class Product:
     left: list[Node] = field(default_factory=list)  # what has to follow as launches of their own
 
 
-def product_of(launch: Launch, tokens: Tokens, *, few: bool, writes: Callable[[Node, int], bool]) -> Product:
-    """Reads a launch of the family `linear`; of many tokens, with bias and residual alone.
+def product_of(
+    launch: Launch, tokens: Tokens, *, few: bool, writes: Callable[[Node, int], bool], gates: bool = False
+) -> Product:
+    """Reads a launch of the family `linear`; of many tokens, with bias and residual alone, or with `gates` as well.
 
     `writes`: whether a kernel of so many columns makes what a cache write stores.
     """
@@ -45,9 +47,10 @@ def product_of(launch: Launch, tokens: Tokens, *, few: bool, writes: Callable[[N
         made.bias = bias.constant
     own = set(launch.nodes)
     taken = {main, *([made.norm] if made.norm is not None else [])}
-    absorbed = few and (_takes_write(made, own, taken, tokens, writes) or _takes_gate(made, own, taken))
+    absorbed = few and _takes_write(made, own, taken, tokens, writes)
+    absorbed = absorbed or ((few or gates) and _takes_gate(made, own, taken))
     if not absorbed and len(main.outputs) == 1:
-        _takes_steps(made, own, taken, tokens, few=few)
+        _takes_steps(made, own, taken, tokens, few=few or gates)
     made.nodes = [node for node in launch.nodes if node in taken]
     made.left = [node for node in launch.nodes if node not in taken]
     return made
@@ -187,6 +190,13 @@ def quantized_of(weight: Constant) -> Format | None:
     if format is None or format.activations or format.kind not in ("int4", "int8", "nf4"):
         return None
     return format if len({part.scales.dtype for part in parts}) == 1 else None
+
+
+def rounded_of(weight: Constant) -> Format | None:
+    """The format of a weight whose product rounds its inputs: one for all of its parts."""
+    formats = {part.format for part in quantized_parts(weight)}
+    format = next(iter(formats)) if len(formats) == 1 else None
+    return format if format is not None and format in (KNOWN["w8a8"], KNOWN["fp8"]) else None
 
 
 def scale_dtype(weight: Constant) -> str:

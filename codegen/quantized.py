@@ -291,7 +291,8 @@ def default_tiling(what: Linear) -> Tiling:
     C = columns(what.format)
     steps = -(-what.K // C)
     share = what.N // 2 if what.pairs or what.rotary is not None else what.N
-    BLOCK_N = whole_head or 64
+    group = what.rotary.group_pairs if what.rotary is not None and what.rotary.kv_group else 0
+    BLOCK_N = whole_head or max(group, 64)
     blocks = -(-share // BLOCK_N)
     sides = 2 if what.pairs or what.rotary is not None else 1
     if what.tokens == 1:

@@ -70,7 +70,7 @@ class Problem:
         """
         given: dict[str, Any] = dict(choice or self.default)
         if isinstance(self.what, Linear):
-            make = quantized_linear if self.what.format is not None else linear
+            make = quantized_linear if self.what.format is not None and not self.what.rounds else linear
             return make(self.what, Tiling(**given))
         if isinstance(self.what, Attention):
             return decode(self.what, **given) if self.decode else prefill(self.what, **given)
@@ -90,7 +90,8 @@ class Problem:
     def default(self) -> Choice:
         """What is taken where nothing was measured."""
         if isinstance(self.what, Linear):
-            default = quantized.default_tiling if self.what.format is not None else default_tiling
+            is_codes = self.what.format is not None and not self.what.rounds
+            default = quantized.default_tiling if is_codes else default_tiling
             return _arguments(default(self.what))
         if isinstance(self.what, Attention) and self.decode:
             return {"splits": default_splits(self.what, self.sequences, self.tokens)}

@@ -189,6 +189,13 @@ class Codes:
         return unpack(self.packed, self.format, self.width)
 
     @property
+    def numbers(self) -> Tensor:
+        """Symmetric codes of eight bits as the numbers they stand for, before scales: int8 or float8_e4m3fn [N, K]."""
+        if self.format.kind == "fp8":
+            return self.codes.view(torch.float8_e4m3fn)
+        return (self.codes.to(torch.int16) - self.format.middle).to(torch.int8)
+
+    @property
     def weight(self) -> Tensor:
         """What it stands for, [N, K] float32."""
         return decode(self.codes, self.scales, self.zeros, self.format)

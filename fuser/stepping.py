@@ -31,6 +31,7 @@ from fuser.step_reference import reference
 from fuser.tensors import tensor_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class Weights:
@@ -81,6 +82,12 @@ class Weights:
         base = weight.base
         if weight.kind in ("codes", "scales", "zeros"):
             return self._packed(weight)
+        if weight.kind in ("eights", "row_scales"):
+            assert base is not None
+            held = [part.tensors() for part in quantized_parts(base)]
+            if weight.kind == "row_scales":
+                return torch.cat([codes.scales[:, 0] for codes in held]).to(self.device, torch.float32)
+            return torch.cat([codes.numbers for codes in held]).to(self.device)
         if weight.kind == "column_sums":
             return self._make(Weight("linear", base, weight.scale)).float().sum(1)
         if weight.kind == "bias":
@@ -254,10 +261,15 @@ class Bound:
         self.program, self.weights, self.caches, self.groups, self.kernels = program, weights, caches, groups, kernels
         device, dtype = weights.device, DTYPES[program.dtype]
         rows = [a.rows if isinstance(a, Part) else a for step in program.steps for a in step.arguments]
-        sizes = {
-            r.place: (program.rows or 0 if r.selected else program.tokens, r.width) for r in rows if isinstance(r, Rows)
+        made = {r.place: r for r in rows if isinstance(r, Rows)}
+        self.memory = {
+            place: torch.empty(
+                (program.rows or 0 if r.selected else program.tokens, r.width),
+                dtype=EIGHT_BITS.get(r.dtype, torch.float32) if r.dtype else dtype,
+                device=device,
+            )
+            for place, r in made.items()
         }
-        self.memory = {place: torch.empty(size, dtype=dtype, device=device) for place, size in sizes.items()}
         used = [(step.kernel, program.tokens if step.by_sequence else 1) for step in program.steps if step.kernel]
         floats = max((kernel.workspace[0] * count for kernel, count in used), default=0)
         counters = max((kernel.workspace[1] * count for kernel, count in used), default=0)

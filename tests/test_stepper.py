@@ -17,6 +17,8 @@ from fuser import importer, patterns
 from fuser.canonicalize import canonicalize
 from fuser.codegen.compose import compose
 from fuser.codegen.linear import Linear
+from fuser.codegen.matmul import Matmul
+from fuser.codegen.rounding import Rounding
 from fuser.constants import Array
 from fuser.dtypes import DType
 from fuser.errors import UnsupportedOperator, UsageError
@@ -107,7 +109,7 @@ def check(
                 for tensor in cached.values():
                     tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
         for memory in bound.memory.values():
-            memory.fill_(float("nan"))
+            memory.fill_(77 if memory.dtype is torch.int8 else float("nan"))
         logits = bound(**sequences.inputs(step))[logits_of.name].cpu().float()
         for row, part in enumerate(logits.clone().split(lengths)):
             found[row].append(part)
@@ -282,7 +284,22 @@ def test_a_step_has_a_token_or_more() -> None:
         compose(fused("llama"), dtype="bf16", tokens=0)
 
 
-@pytest.mark.parametrize("name", ["int4", "int8:32", "int4:64:asymmetric"])
+@pytest.mark.parametrize("name", ["w8a8", "fp8"])
+def test_quantized_inputs_are_multiplied_in_eight_bits(name: str) -> None:
+    graph = importer.load(DEMO)
+    canonicalize(graph)
+    graph = quantize(graph, name)
+    rewrite(graph, patterns.ALL)
+    check(graph, [PREFILL, *DECODE], tolerance=0.1, dtype="bf16")  # what is rounded may fall to the other side
+    for tokens, family in ((3, Linear), (100, Matmul)):
+        steps = compose(graph, dtype="bf16", tokens=tokens, page=PAGE, decode=tokens == 3).steps
+        eights = [step for step in steps if getattr(step.what, "kind", "") or getattr(step.what, "rounds", False)]
+        assert sum(isinstance(step.what, family) for step in eights) == 4 * 5
+        assert sum(isinstance(step.what, Rounding) for step in eights) == 4 * 5
+        assert sum(isinstance(step.what, Rounding) and step.what.norm == "rms" for step in eights) == 2 * 5
+
+
+@pytest.mark.parametrize("name", ["int4", "int8:32", "int4:64:asymmetric", "nf4"])
 def test_quantized_weights_are_read_as_codes(name: str) -> None:
     """Prompts by products with the weights that codes stand for, steps by kernels that read codes."""
     graph = importer.load(DEMO)
