@@ -163,11 +163,19 @@ def _tilings_of_codes(what: Linear, whole_head: int) -> Iterator[Tiling]:
                     yield Tiling(rows, C, splits, warps, stages)
 
 
+def _tilings_of_eight_bits(whole_head: int) -> Iterator[Tiling]:
+    for rows, warps in ((64, 4), (128, 4), (128, 8)):
+        for columns, stages in ((128, 4), (128, 6), (256, 3), (256, 4)):
+            for splits in (1, 2, 3, 4, 8):
+                if not whole_head or rows == whole_head:
+                    yield Tiling(rows, columns, splits, warps, stages)
+
+
 def _tilings(what: Linear) -> Iterator[Tiling]:
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
     group = what.rotary.group_pairs if what.rotary is not None and what.rotary.kv_group else 0
-    if what.format is not None and not what.rounds:
-        yield from _tilings_of_codes(what, whole_head)
+    if what.format is not None:
+        yield from _tilings_of_eight_bits(whole_head) if what.rounds else _tilings_of_codes(what, whole_head)
         return
     if what.tokens == 1 and not whole_head and not group:
         for rows in (1, 2, 4):

@@ -18,7 +18,7 @@ from fuser.codegen.linear import Linear
 from fuser.codegen.matmul import Matmul
 from fuser.codegen.quantized import sides_of
 from fuser.codegen.rotary import Rotary
-from fuser.quantized import Codes
+from fuser.quantized import Codes, quantize_activations
 from fuser.runtime.kv_groups import dequantized, quantized
 from fuser.runtime.packing import packed
 
@@ -149,6 +149,11 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
         shared |= {f"{name}_norm_weight": drawn(what.rotary.head_dim) for name in "qk"}
     moved = drawn.size * M * (what.K + what.width * (1 + what.residual))
     made, weights = [], []
+    x_whole = shared["x"]
+    if what.rounds and what.format is not None:
+        shared["x"], scales = quantize_activations(x_whole, what.format.kind)
+        shared["x_scales"] = scales[:, 0].contiguous()
+        x_whole = (shared["x"].float() * scales).to(x_whole.dtype)
     if what.format is not None:
         given, whole_weight = _codes(what)
         size = sum(x.numel() * x.element_size() for x in given.values())
@@ -175,7 +180,8 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
         return _finished(what, functional.linear(h, weight), shared, gated=what.pairs)
 
     def expected() -> list[Tensor]:
-        h = whole(shared["x"].double(), weights[0].double())
+        x = x_whole if not what.rounds else shared["x"].double() * shared["x_scales"].double()[:, None]
+        h = whole(x.double(), weights[0].double())
         if what.rotary is None:
             return [h]
         heads = what.rotary.heads, what.rotary.kv_heads, what.rotary.kv_heads
@@ -191,8 +197,8 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
 
     compiled = torch.compile(whole)
     peers: dict[str, Call] = {
-        "torch": lambda i: functional.linear(shared["x"], weights[i]),
-        "compiled": lambda i: compiled(shared["x"], weights[i]),
+        "torch": lambda i: functional.linear(x_whole, weights[i].to(x_whole.dtype)),
+        "compiled": lambda i: compiled(x_whole, weights[i].to(x_whole.dtype)),
     }
     results = [shared["y"]] + (_written(what.rotary, shared, M) if what.rotary is not None else [])
     return Trial(what, moved, 2 * M * what.N * what.K, made, results, expected, peers)
@@ -202,6 +208,8 @@ def _codes(what: Linear) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of a weight of codes, and the weight they stand for."""
     assert what.format is not None
     codes = Codes.of(torch.randn(what.N, what.K, device="cuda") * what.K**-0.5, what.format)
+    if what.rounds:
+        return {"weight": codes.numbers, "scales": codes.scales[:, 0].float()}, codes.weight
     sides = torch.tensor(sides_of(what), device="cuda")
     words, scales, zeros = packed(codes, sides, DTYPES[what.dtype])
     made = {"weight": words, "scales": scales}
