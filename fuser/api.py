@@ -1,8 +1,10 @@
 """The Python API: `fuser.fuse(model)` and the FusedModel it returns."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -15,13 +17,18 @@ from fuser.codegen.program import Program
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
-from fuser.graph import Graph
+from fuser.formats import Format
+from fuser.graph import FUSER, Graph
 from fuser.importer import external_files, from_proto, read_model
 from fuser.layers import steps
 from fuser.lowering import TARGETS
-from fuser.pipeline import Progress, canonicalized, input_roles, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, input_roles, quantization, rewritten, stage, weight_bytes
+from fuser.quantized import unrounded
+from fuser.quantizing import Choices, choices
 from fuser.report import Report, explanation_text
-from fuser.verification import Role, Verification, coarsest, compare, too_large
+from fuser.runtime.executor import Executor
+from fuser.tensors import to_array, to_tensor
+from fuser.verification import Reference, Role, Verification, coarsest, compare, too_large
 
 PREFILL_TOKENS = 2048  # of the prefill step that is emitted
 
@@ -113,27 +120,38 @@ def fuse(
     target: str = "ort",
     dims: Mapping[str, int] | None = None,
     verify: bool = True,
+    quantize: str | Format | None = None,
+    overrides: Mapping[str, str | Format | None] | None = None,
+    keep: Sequence[str] = (),
+    head: bool = False,
     progress: Progress | None = None,
 ) -> FusedModel:
-    """Fuses a transformer exported to ONNX.
+    """Fuses a transformer exported to ONNX, its weights quantized first where that is asked for.
 
     Args:
         model: a file (opset 13 or newer; external data is found beside it), or a ModelProto with its data inside.
         target: `ort`: operators of stock ONNX Runtime; `functions`: fused nodes with bodies of standard operators.
         dims: sizes for named dims of the inputs, e.g. `{"batch": 1}`.
-        verify: prove each rewrite numerically, and compare original and result in ONNX Runtime.
+        verify: prove each rewrite numerically, and compare original and result in ONNX Runtime; a quantized result is
+            compared with the quantized original as torch computes it: what rounding weights changes is no error.
+        quantize: a format for weights, as of `fuser.quantize`: `int4`, `int8:channel`, `nf4:64`, `w8a8`, ...
+        overrides, keep, head: which weights take another format or none, as of `fuser.quantize`.
         progress: called with the name of each stage as it begins.
 
     Raises:
         InputError: the model cannot be read or is not supported.
-        UsageError: an unknown target or dim.
+        UsageError: an unknown target, dim or format.
         VerificationError: original and fused model disagree.
     """
     path = _path(model)
     report, note = _report(path, target), progress or (lambda stage: None)
-    graph, sources, (found, unfit) = _rewritten(model, dims, verify, report, note)
+    chosen = None if quantize is None else choices(quantize, overrides=overrides, keep=keep, head=head)
+    if chosen is None and (overrides or keep or head):
+        raise UsageError("overrides, keep and head say which weights are quantized: give quantize, a format, as well")
+    graph, original, sources, (found, unfit) = _rewritten(model, dims, verify, report, note, chosen)
     with stage(report, "export", note):
         artifact = export(graph, target, report.fused)
+    report.notes = artifact.notes
     report.nodes_after = len(artifact.model.graph.node)
     report.weights_bytes_after = artifact.weight_bytes
     fused = FusedModel(graph, report, artifact, sources)
@@ -145,8 +163,9 @@ def fuse(
         if skipped:
             report.verification = Verification(skipped=skipped)
         else:
-            original = str(path) if path is not None else _bytes(model)
-            report.verification = compare(original, artifact, found, coarsest(graph))
+            source = str(path) if path is not None else _bytes(model)
+            reference = source if original is None else _reference(original, graph)
+            report.verification = compare(reference, artifact, found, coarsest(graph))
     if not report.verification.skipped and not report.verification.passed:
         cases = ", ".join(f"{name} {error:.1e}" for name, error in report.verification.cases.items())
         tolerance = f"{report.verification.tolerance:.1e}"
@@ -190,7 +209,7 @@ def plan_kernels(
     if regime not in REGIMES:
         raise UsageError(f"there is no regime '{regime}'; regimes are {', '.join(REGIMES)}")
     report = _report(_path(model), "functions")
-    graph, _, _ = _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
+    graph, *_ = _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
     return plan(graph, "prefill" if regime == "prefill" else "decode")
 
 
@@ -210,10 +229,12 @@ def _rewritten(
     verify: bool,
     report: Report,
     note: Progress,
+    chosen: Choices | None = None,
     *,
     compared: bool = True,
-) -> tuple[Graph, Collection[Path], tuple[list[Role], str]]:
-    """The fused graph, the files it was read from, and its inputs' roles or the reason why inputs cannot be made."""
+) -> tuple[Graph, Graph | None, Collection[Path], tuple[list[Role], str]]:
+    """The fused graph, the quantized one before it was fused, the files it was read from, and its inputs' roles or the
+    reason why inputs cannot be made."""
     path = _path(model)
     with stage(report, "read", note):
         if isinstance(model, onnx.ModelProto):
@@ -228,8 +249,26 @@ def _rewritten(
         before = steps(graph)
     canonicalized(graph, report, note)
     inputs = input_roles(graph) if verify and compared else ([], "")
+    original = None
+    if chosen is not None:
+        graph = quantization(graph, chosen, report, note)
+        original = graph.clone()
     rewritten(graph, before, report, note, verify=verify)
-    return graph, sources, inputs
+    return graph, original, sources, inputs
+
+
+def _reference(original: Graph, fused: Graph) -> Reference:
+    """A quantized graph as torch computes it; beside it the fused one, or one whose activations are not rounded: what is
+    rounded may fall to the other side, and that changes less than rounding as a whole."""
+
+    def outputs(executor: Executor, given: Mapping[str, Any]) -> dict[str, Any]:
+        made = executor(*(to_tensor(given[value.name]) for value in original.inputs))
+        return {name: to_array(x) for name, x in zip(original.output_names, made, strict=True)}
+
+    run = partial(outputs, Executor(original))
+    if any(node.is_a("fake_quantize", FUSER) for node in original.nodes):
+        return Reference(run, unrounded()(run), 1.0)
+    return Reference(run, partial(outputs, Executor(fused)))
 
 
 def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:

@@ -6,9 +6,12 @@ from time import perf_counter
 
 from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
+from fuser.constants import Constant
 from fuser.errors import VerificationError
-from fuser.graph import Graph
+from fuser.graph import Graph, Value
 from fuser.layers import Step
+from fuser.quantized import Quantized
+from fuser.quantizing import Choices, quantized
 from fuser.report import Report
 from fuser.rewriting import rewrite
 from fuser.verification import Role, roles
@@ -31,6 +34,21 @@ def canonicalized(graph: Graph, report: Report, note: Progress) -> None:
     """Brings a graph as an exporter wrote it into canonical form."""
     with stage(report, "canonicalize", note):
         canonicalize(graph)
+
+
+def quantization(graph: Graph, choices: Choices, report: Report, note: Progress) -> Graph:
+    """A canonical graph with its weights quantized, one after another."""
+    with stage(report, "quantize", note):
+        found = quantized(graph, choices, progress=lambda name: note(f"quantize {name}"))
+    weights = {id(leaf): leaf for value in found.constants() for leaf in leaves(value) if isinstance(leaf, Quantized)}
+    for weight in weights.values():
+        report.quantized[str(weight.format)] = report.quantized.get(str(weight.format), 0) + 1
+    return found
+
+
+def leaves(value: Value) -> list[Constant]:
+    """The stored constants that a value is made of."""
+    return [] if value.constant is None else value.constant.leaves()
 
 
 def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, *, verify: bool) -> None:
