@@ -79,13 +79,18 @@ def _parts(weight: Constant) -> list[Constant | Quantized]:
     return [weight]
 
 
+def stacked(constant: Constant) -> tuple[Constant, ...]:
+    """The parts that stand above one another in a constant."""
+    return constant.parts if isinstance(constant, Stacked) else (constant,)
+
+
 def _alike(a: Quantized, b: Quantized) -> bool:
     return (a.format, a.width, a.dtype, a.scales.dtype) == (b.format, b.width, b.dtype, b.scales.dtype)
 
 
 def _stacked(a: Quantized, b: Quantized) -> Quantized:
     def both(x: Constant, y: Constant) -> Constant:
-        return Stacked((*(x.parts if isinstance(x, Stacked) else (x,)), y))
+        return Stacked((*stacked(x), y))
 
     zeros = None if a.zeros is None or b.zeros is None else both(a.zeros, b.zeros)
     return Quantized(both(a.codes, b.codes), both(a.scales, b.scales), zeros, a.format, a.width, a.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 from fuser.constants import Constant, Transposed
 from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Value
-from fuser.onnx_weights import Flat, ByRows, bnb, codes_of, holds_codes, linear, nbits, nbits_block, pieces
+from fuser.onnx_weights import Flat, ByRows, bnb, codes_of, holds_codes, linear, nbits, nbits_block, pieces, stacked
 from fuser.quantized import Quantized
 
 Say = Callable[[str], None]
@@ -152,9 +152,8 @@ def dequantized(graph: Graph, emitter: Callable[[Any], Any], say: Say) -> None:
             if weight is not None and weight.format.kind != "nf4" and graph.opset >= _opset(weight):
                 made.append(_from_codes(op, weight, value.name))
                 continue
-            for leaf in part.leaves():
-                if isinstance(leaf, Quantized):
-                    plain[str(leaf.format)] = plain.get(str(leaf.format), 0) + 1
+            if weight is not None:
+                plain[str(weight.format)] = plain.get(str(weight.format), 0) + len(stacked(weight.codes))
             made.append(op.held(Transposed(weight) if weight is not None else part, value.name))
         if len(made) == 1 and made[0].constant is not None:
             continue
