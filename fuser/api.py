@@ -28,7 +28,7 @@ from fuser.quantizing import Choices, choices
 from fuser.report import Report, explanation_text
 from fuser.runtime.executor import Executor
 from fuser.tensors import to_array, to_tensor
-from fuser.verification import Reference, Role, Verification, coarsest, compare, too_large
+from fuser.verification import Reference, Role, Verification, coarsest, compare, reference_of, too_large
 
 PREFILL_TOKENS = 2048  # of the prefill step that is emitted
 
@@ -164,7 +164,7 @@ def fuse(
             report.verification = Verification(skipped=skipped)
         else:
             source = str(path) if path is not None else _bytes(model)
-            reference = source if original is None else _reference(original, graph)
+            reference = _reference(source, original, graph)
             report.verification = compare(reference, artifact, found, coarsest(graph))
     if not report.verification.skipped and not report.verification.passed:
         cases = ", ".join(f"{name} {error:.1e}" for name, error in report.verification.cases.items())
@@ -257,18 +257,22 @@ def _rewritten(
     return graph, original, sources, inputs
 
 
-def _reference(original: Graph, fused: Graph) -> Reference:
-    """A quantized graph as torch computes it; beside it the fused one, or one whose activations are not rounded: what is
-    rounded may fall to the other side, and that changes less than rounding as a whole."""
+def _reference(source: str | bytes, quantized: Graph | None, fused: Graph) -> str | bytes | Reference:
+    """What a fused model is held against: its source, or the graph that was quantized, as torch computes it.
+
+    Where activations are rounded, results are as near as those without that rounding: one may fall to the other side.
+    """
 
     def outputs(executor: Executor, given: Mapping[str, Any]) -> dict[str, Any]:
-        made = executor(*(to_tensor(given[value.name]) for value in original.inputs))
-        return {name: to_array(x) for name, x in zip(original.output_names, made, strict=True)}
+        made = executor(*(to_tensor(given[value.name]) for value in fused.inputs))
+        return {name: to_array(x) for name, x in zip(fused.output_names, made, strict=True)}
 
-    run = partial(outputs, Executor(original))
-    if any(node.is_a("fake_quantize", FUSER) for node in original.nodes):
-        return Reference(run, unrounded()(run), 1.0)
-    return Reference(run, partial(outputs, Executor(fused)))
+    rounds = any(node.is_a("fake_quantize", FUSER) for node in fused.nodes)
+    if quantized is None and not rounds:
+        return source
+    run = reference_of(source).run if quantized is None else partial(outputs, Executor(quantized))
+    again = partial(outputs, Executor(fused))
+    return Reference(run, unrounded()(again), 1.0) if rounds else Reference(run, again)
 
 
 def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:

@@ -222,3 +222,24 @@ class Flat(Constant):
     @property
     def inner(self) -> tuple[Constant, ...]:
         return (self.base,)
+
+
+@dataclass(eq=False)
+class Folded(Constant):
+    """The elements of a row as a matrix."""
+
+    base: Constant
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.dtype = self.base.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        width = self.shape[1]
+        whole = self.base.numpy().reshape(-1) if len(self.base.shape) > 1 else None
+        flat = self.base.rows(start * width, stop * width) if whole is None else whole[start * width : stop * width]
+        return flat.reshape(stop - start, width)
+
+    @property
+    def inner(self) -> tuple[Constant, ...]:
+        return (self.base,)
