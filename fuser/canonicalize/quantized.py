@@ -129,6 +129,15 @@ def _from_linear(
     return _weight(packed, steps, levels, f"int{bits}", block, K, dtype)
 
 
+def read_weights(graph: Graph) -> None:
+    """Makes constants of the weights that a graph's nodes read as codes, and leaves everything else as it is."""
+    rules = {"MatMulNBits": _nbits, "MatMulBnb4": _bnb, "DequantizeLinear": _dequantized}
+    for node in list(graph.nodes):
+        if node.op in rules and node.domain in ("", MICROSOFT):
+            rules[node.op](graph, node)
+    graph.sort()
+
+
 @rule("Cast")
 def _another_type(graph: Graph, node: Node) -> bool:
     """A weight in codes is of any type."""
