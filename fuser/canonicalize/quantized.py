@@ -83,7 +83,7 @@ def _dequantized(graph: Graph, node: Node) -> bool:
         return False
     if node.output.pinned or node.attributes.get("output_dtype") or (zeros is not None and _known(zeros) is None):
         return False
-    readers = {(user.op, index) for user, index in node.output.uses if not user.domain}
+    readers = _readers(node.output)
     across = readers == {("MatMul", 1)}
     if not across and readers != {("Transpose", 0)}:
         return False
@@ -97,6 +97,14 @@ def _dequantized(graph: Graph, node: Node) -> bool:
     if weight is None:
         return False
     return become(graph, node, graph.constant(Transposed(weight) if across else weight, held.name))
+
+
+def _readers(value: Value) -> set[tuple[str, int]]:
+    """Who reads a value, or what it is cast to, at which input."""
+    found: set[tuple[str, int]] = set()
+    for user, index in value.uses:
+        found |= _readers(user.output) if user.is_a("Cast") and not user.output.pinned else {(user.op, index)}
+    return found
 
 
 def _from_linear(
