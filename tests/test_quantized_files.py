@@ -163,12 +163,11 @@ def test_codes_come_back(format: str, target: str, dtype: DType, tmp_path: Path)
         canonicalize(back)
         back.validate()
         (product,) = (node for node in back.nodes if node.op == "MatMul")
-        assert {node.op for node in back.nodes} <= {"MatMul", "fake_quantize", "Cast"}
+        assert {node.op for node in back.nodes} <= {"MatMul", "fake_quantize"}
         constant = product.inputs[1].constant if product.inputs[1] is not None else None
         assert isinstance(constant, Transposed) and isinstance(constant.base, Quantized)
         assert constant.base.format.activations == parts[0].format.activations
-        if dtype is DType.FLOAT32 or not format.startswith(("w8a8", "fp8")):
-            assert rows_of(back) == rows_of(written)
+        assert rows_of(back) == rows_of(written)
         if K == 600 and not constant.base.format.activations:
             assert str(constant.base.format) == str(parts[0].format)
 

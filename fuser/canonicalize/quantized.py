@@ -220,11 +220,25 @@ def _integers(graph: Graph, node: Node) -> bool:
     if steps is None or steps.shape != (N,) or not (_is(other, 128.0 - shift) or (other is None and shift == 128)):
         return False
     unsigned = ByRows((weight,), DType.UINT8, (K, N), lambda rows: rows.astype(np.int16) + shift)
-    found = _weight(Transposed(unsigned), steps.numpy()[:, None], None, "int8", K, K, DType.FLOAT32)
+    last, inner = _only_reader(by_channel.output, "Cast"), _made_by_input(source, "Cast")
+    if last is not None and inner is not None and inner.dtype is last.output.dtype:
+        source, by_channel = inner, last  # it is computed in float32 whatever the type of its rows
+    dtype = source.dtype or DType.FLOAT32
+    found = _weight(Transposed(unsigned), steps.numpy()[:, None], None, "int8", K, K, dtype)
     if found is None:
         return False
     rounded = emit(graph, by_channel, "fake_quantize", [source], {"kind": "int8"}, FUSER)
     return _linear(graph, by_channel, rounded, found, held.name, None)
+
+
+@rule("Cast")
+def _rounded_in_its_type(graph: Graph, node: Node) -> bool:
+    """Rows are rounded in float32 and given back in their own type."""
+    rounding = _made_by(node.inputs[0], "fake_quantize", FUSER)
+    inner = None if rounding is None else _made_by_input(rounding.inputs[0], "Cast")
+    if rounding is None or inner is None or inner.dtype is None or inner.dtype.onnx != node.attributes.get("to"):
+        return False
+    return become(graph, node, emit(graph, node, "fake_quantize", [inner], dict(rounding.attributes), FUSER))
 
 
 def _scaled_rows(value: Value | None, kind: str) -> tuple[Value, Value] | None:
@@ -247,9 +261,9 @@ def _scaled_rows(value: Value | None, kind: str) -> tuple[Value, Value] | None:
     return (x, scale) if last and _made_by_input(most.inputs[0], "Abs") is x else None
 
 
-def _made_by(value: Value | None, op: str) -> Node | None:
+def _made_by(value: Value | None, op: str, domain: str = "") -> Node | None:
     node = value.producer if value is not None else None
-    return node if node is not None and node.is_a(op) else None
+    return node if node is not None and node.is_a(op, domain) else None
 
 
 def _made_by_input(value: Value | None, op: str) -> Value | None:
