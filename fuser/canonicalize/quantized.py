@@ -221,7 +221,7 @@ def _integers(graph: Graph, node: Node) -> bool:
         return False
     unsigned = ByRows((weight,), DType.UINT8, (K, N), lambda rows: rows.astype(np.int16) + shift)
     last, inner = _only_reader(by_channel.output, "Cast"), _made_by_input(source, "Cast")
-    if last is not None and inner is not None and inner.dtype is last.output.dtype:
+    if last is not None and inner is not None and inner.dtype is DType.from_onnx(last.attributes["to"]):
         source, by_channel = inner, last  # it is computed in float32 whatever the type of its rows
     dtype = source.dtype or DType.FLOAT32
     found = _weight(Transposed(unsigned), steps.numpy()[:, None], None, "int8", K, K, dtype)
