@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fuser import importer, verification
+from fuser import checkpoints, importer, verification
 from fuser.canonicalize.quantized import read_weights
 from fuser.compiling import compile
 from fuser.errors import FuserError, InputError, UsageError, VerificationError
@@ -152,8 +152,14 @@ def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Mo
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        kind = next((one for one in named if one is not None), transformers.AutoModel)
-        module: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
+        kind = next((one for one in named if one is not None), None)
+        if checkpoints.quantization_of(config) is not None:
+            if kind is None:
+                raise InputError(f"'{folder}' names no architecture that transformers has")
+            return checkpoints.load(folder, config, kind, dtype).to(device)
+        module: nn.Module = (kind or transformers.AutoModel).from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
+    except FuserError:
+        raise
     except Exception as error:  # it raises what its parts raise: OSError, ValueError, errors of safetensors and JSON
         text = " ".join(str(error).split())
         raise InputError(f"'{folder}' cannot be loaded: {text[:300] or type(error).__name__}") from None
