@@ -172,10 +172,12 @@ def _fill(module: nn.Module, tensors: _Tensors, dtype: torch.dtype) -> None:
             owner._buffers[last] = found.to(held.dtype)
         else:
             setattr(owner, last, nn.Parameter(found.to(dtype), requires_grad=False))
+            tensors.done.add(name)
     if hasattr(module, "tie_weights"):
         module.tie_weights()
     for name, held in module.named_parameters():
-        if held.is_meta:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if name not in tensors.done and not isinstance(owner, QuantizedLinear):
             raise InputError(f"'{tensors.folder}' has no tensor '{tensors.name(name)}'")
         held.requires_grad_(False)
 
