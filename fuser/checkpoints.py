@@ -47,9 +47,7 @@ def load(folder: Path, config: Any, kind: Any, dtype: torch.dtype | None) -> nn.
     said = quantization_of(config) or {}
     method = str(said.get("quant_method", ""))
     if method not in METHODS:
-        raise InputError(
-            f"'{folder}': weights quantized by '{method}' are not read; those by {', '.join(METHODS)} are"
-        )
+        raise InputError(f"'{folder}': weights quantized by '{method}' are not read; those by {', '.join(METHODS)} are")
     read = METHODS[method](folder, said)
     del config.quantization_config
     named = dtype or getattr(config, "dtype", None) or torch.float16
@@ -58,7 +56,8 @@ def load(folder: Path, config: Any, kind: Any, dtype: torch.dtype | None) -> nn.
     with _Unfilled():
         module: nn.Module = kind(config)
     tensors = _Tensors.of(folder, module)
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    embeddings: Any = getattr(module, "get_output_embeddings", None)
+    head = embeddings() if embeddings is not None else None
     count = 0
     for path, part in list(module.named_modules()):
         if not isinstance(part, nn.Linear):
@@ -147,7 +146,7 @@ def _files(folder: Path) -> dict[str, Path]:
             return {str(name): folder / Path(str(file)).name for name, file in found.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"'{index}' is no index of safetensors") from None
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with _opened(path) as file:
             files |= dict.fromkeys(file.keys(), path)
@@ -173,8 +172,9 @@ def _fill(module: nn.Module, tensors: _Tensors, dtype: torch.dtype) -> None:
         else:
             setattr(owner, last, nn.Parameter(found.to(dtype), requires_grad=False))
             tensors.done.add(name)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
+    tie: Any = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
     for name, held in module.named_parameters():
         owner = module.get_submodule(name.rpartition(".")[0])
         if name not in tensors.done and not isinstance(owner, QuantizedLinear):
@@ -217,7 +217,9 @@ Reader = Callable[[Layer], Codes | Tensor | None]  # a weight in codes, or [N, K
 
 def _bits(folder: Path, said: Any) -> int:
     if said not in BITS:
-        raise InputError(f"'{folder}': weights of {said} bits are not read; those of {' and '.join(map(str, BITS))} are")
+        raise InputError(
+            f"'{folder}': weights of {said} bits are not read; those of {' and '.join(map(str, BITS))} are"
+        )
     return int(said)
 
 
@@ -295,7 +297,9 @@ def awq(folder: Path, said: Mapping[str, Any]) -> Reader:
     bits, size = _bits(folder, said.get("bits")), int(said.get("group_size", -1))
     version = str(said.get("version", "gemm")).lower()
     if version != "gemm" or bits != 4:
-        raise InputError(f"'{folder}': awq weights of version '{version}', {bits} bits, are not read; gemm of 4 bits is")
+        raise InputError(
+            f"'{folder}': awq weights of version '{version}', {bits} bits, are not read; gemm of 4 bits is"
+        )
     inverse = torch.tensor(AWQ_ORDER).argsort()
 
     def columns(words: Tensor) -> Tensor:

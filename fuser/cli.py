@@ -214,7 +214,10 @@ def fuse(
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="Quantize weights: int8, int4, nf4, w8a8, fp8; int4:64, int8:channel, int4:32:asymmetric."),
+        typer.Option(
+            metavar="FORMAT",
+            help="Quantize weights: int8, int4, nf4, w8a8, fp8; int4:64, int8:channel, int4:32:asymmetric.",
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Of modules whose weights are not quantized.")

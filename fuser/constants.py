@@ -98,7 +98,9 @@ def _raw(array: np.ndarray, dtype: DType) -> bytes:
     if dtype.bits != 4:
         return array.tobytes()
     codes = array.reshape(-1).view(np.uint8) & 15  # numpy keeps each in a byte; in a file the first of two is low
-    return (np.append(codes, np.uint8(0)) if codes.size % 2 else codes).reshape(-1, 2).dot(np.array([1, 16], np.uint8)).tobytes()
+    pairs = np.append(codes, np.zeros(codes.size % 2, np.uint8)).reshape(-1, 2)
+    packed: np.ndarray = pairs[:, 0] | pairs[:, 1] << 4
+    return packed.tobytes()
 
 
 @dataclass(eq=False)

@@ -157,7 +157,9 @@ def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Mo
             if kind is None:
                 raise InputError(f"'{folder}' names no architecture that transformers has")
             return checkpoints.load(folder, config, kind, dtype).to(device)
-        module: nn.Module = (kind or transformers.AutoModel).from_pretrained(folder, local_files_only=True, dtype=dtype or "auto")
+        module: nn.Module = (kind or transformers.AutoModel).from_pretrained(
+            folder, local_files_only=True, dtype=dtype or "auto"
+        )
     except FuserError:
         raise
     except Exception as error:  # it raises what its parts raise: OSError, ValueError, errors of safetensors and JSON

@@ -142,7 +142,8 @@ def nibbles(codes: np.ndarray) -> np.ndarray:
     """Codes [N, K] of four bits as bytes [N, ceil(K / 2)], the first low."""
     if codes.shape[1] % 2:
         codes = np.pad(codes, ((0, 0), (0, 1)))
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+    packed: np.ndarray = codes[:, 0::2] | codes[:, 1::2] << 4
+    return packed
 
 
 def unpacked(packed: np.ndarray, bits: int, K: int) -> np.ndarray:
@@ -198,7 +199,8 @@ def bnb(weight: Quantized) -> tuple[Constant, Constant, int, int]:
 
     def high_first(rows: np.ndarray) -> np.ndarray:
         codes = np.pad(unpacked(rows, 4, width), ((0, 0), (0, K - width)), constant_values=zero)
-        return codes[:, 0::2] << 4 | codes[:, 1::2]
+        packed: np.ndarray = codes[:, 0::2] << 4 | codes[:, 1::2]
+        return packed
 
     codes = Flat(ByRows((weight.codes,), DType.UINT8, (N, K // 2), high_first))
     scales = ByRows((weight.scales,), DType.FLOAT32, (N, K // block), lambda rows: _spread(rows, K // block))

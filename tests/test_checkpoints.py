@@ -96,7 +96,14 @@ def floats(said: dict[str, Any], N: int, K: int, seed: int) -> tuple[Stored, Ten
 
 def scheme(bits: int, size: int | None, symmetric: bool, kind: str = "int", inputs: bool = False, **more: Any) -> Any:
     strategy = "group" if size else "channel"
-    weights = {"num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "group_size": size, "dynamic": False}
+    weights = {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "group_size": size,
+        "dynamic": False,
+    }
     rounded = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights | more, "input_activations": rounded if inputs else None}
     form = "pack-quantized" if not inputs else f"{kind}-quantized"
@@ -175,7 +182,9 @@ def test_folders(case: str, tmp_path: Path) -> None:
     write, said, format = CASES[case]
     expected = made(tmp_path, write, said, shards=1 + len(case) % 2)
     module: Any = pretrained(tmp_path, None, None)
-    linears = {path: part for path, part in module.named_modules() if isinstance(part, (torch.nn.Linear, QuantizedLinear))}
+    linears = {
+        path: part for path, part in module.named_modules() if isinstance(part, (torch.nn.Linear, QuantizedLinear))
+    }
     for path, part in linears.items():
         plain = expected.get_submodule(path)
         if path in (*KEPT, "lm_head") or format is None:
@@ -230,7 +239,13 @@ WRONG = {
 def test_what_is_not_read_is_told(reason: str, tmp_path: Path) -> None:
     said = WRONG[reason]
     writer = {"gptq": gptq, "awq": awq}.get(said["quant_method"], packed)
-    written = said if said.get("bits") in (4, 8) and writer is not packed else scheme(4, 32, True) if writer is packed else gptq_said(4, 32, True)
+    written = (
+        said
+        if said.get("bits") in (4, 8) and writer is not packed
+        else scheme(4, 32, True)
+        if writer is packed
+        else gptq_said(4, 32, True)
+    )
     made(tmp_path, writer, written)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))

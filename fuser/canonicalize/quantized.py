@@ -16,12 +16,18 @@ UNSIGNED = {DType.INT4: 8, DType.INT8: 128, DType.UINT4: 0, DType.UINT8: 0}  # w
 BITS = {DType.INT4: 4, DType.UINT4: 4, DType.INT8: 8, DType.UINT8: 8}
 
 
+def _sizes(node: Node) -> tuple[int, int, int]:
+    """K, N and the block of a product with codes; of what is not said, one."""
+    K, N, block = (node.attributes.get(name) for name in ("K", "N", "block_size"))
+    return K or 1, N or 1, block or 1
+
+
 @rule("MatMulNBits", domain=MICROSOFT)
 def _nbits(graph: Graph, node: Node) -> bool:
     """A product with codes is a product with the weight that they stand for."""
     x, held, scales, zeros, order, bias = (node.input(i) for i in range(6))
-    K, N, block, bits = (node.attributes.get(name) for name in ("K", "N", "block_size", "bits"))
-    bits = 4 if bits is None else bits
+    K, N, block = _sizes(node)
+    bits = node.attributes.get("bits", 4)
     codes, steps = _known(held), _known(scales)
     if codes is None or steps is None or order is not None or bits not in (4, 8) or x is None or x.dtype is None:
         return False
@@ -44,7 +50,7 @@ def _nbits(graph: Graph, node: Node) -> bool:
 def _bnb(graph: Graph, node: Node) -> bool:
     """Likewise of NF4, whose rows may have been given zeros up to a whole number of blocks."""
     x, held, scales = node.inputs[:3]
-    K, N, block = (node.attributes.get(name) for name in ("K", "N", "block_size"))
+    K, N, block = _sizes(node)
     codes, steps = _known(held), _known(scales)
     if node.attributes.get("quant_type") != 1 or codes is None or steps is None or x is None or x.dtype is None:
         return False
@@ -108,7 +114,14 @@ def _readers(value: Value) -> set[tuple[str, int]]:
 
 
 def _from_linear(
-    codes: Constant, scales: np.ndarray, zeros: np.ndarray | None, across: bool, block: int, K: int, N: int, dtype: DType
+    codes: Constant,
+    scales: np.ndarray,
+    zeros: np.ndarray | None,
+    across: bool,
+    block: int,
+    K: int,
+    N: int,
+    dtype: DType,
 ) -> Quantized | None:
     """A weight of DequantizeLinear; None where its codes are none of ours."""
     groups = -(-K // block)
@@ -305,9 +318,9 @@ def _weight(
         group = block
     elif block > GROUPS[-1] and block % GROUPS[-1] == 0:
         group, times = GROUPS[-1], block // GROUPS[-1]
-        scales, zeros = (
-            None if rows is None else np.repeat(rows, times, 1)[:, : -(-K // GROUPS[-1])] for rows in (scales, zeros)
-        )
+        groups = -(-K // group)
+        scales = np.repeat(scales, times, 1)[:, :groups]
+        zeros = None if zeros is None else np.repeat(zeros, times, 1)[:, :groups]
     else:
         return None
     format = Format(kind, group, zeros is None)
