@@ -8,7 +8,7 @@ import numpy as np
 from fuser.constants import Constant, Transposed
 from fuser.dtypes import DType
 from fuser.graph import FUSER, Graph, Value
-from fuser.onnx_weights import Flat, ByRows, bnb, codes_of, holds_codes, linear, nbits, nbits_block, pieces, stacked
+from fuser.onnx_weights import ByRows, Flat, bnb, codes_of, holds_codes, linear, nbits, nbits_block, pieces, stacked
 from fuser.quantized import Quantized
 
 Say = Callable[[str], None]

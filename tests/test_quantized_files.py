@@ -10,7 +10,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-
 from typer.testing import CliRunner
 
 import fuser

@@ -17,19 +17,20 @@ import fuser
 from tests import zoo
 from tests.benchmarks.decode import QUICK, SOURCES, Row, Setup, hardware, loaded, operators, silent, timed, versions
 
-FORMATS = ("int4", "int4:32", "int8", "nf4", "w8a8")
+FORMATS = ("int4", "int4+head", "int8", "nf4", "w8a8")
 BASELINE = "float32"
 
 
 def measure(setup: Setup, formats: Sequence[str], folder: Path) -> list[tuple[Row, int]]:
-    """A row for float32 and one for each format, with the bytes of its weights."""
+    """A row for float32 and one for each format, with the bytes of its weights; `+head` quantizes the logits' product too."""
     original = folder / "original.onnx"
     with silent():
         SOURCES[0].write(setup.model(), setup, original)
     rows, paths, sizes = [], [], []
     for name in (BASELINE, *formats):
         path = folder / f"{name.replace(':', '-')}.onnx"
-        fused = fuser.fuse(original, quantize=None if name == BASELINE else name)
+        format, _, head = name.partition("+")
+        fused = fuser.fuse(original, quantize=None if name == BASELINE else format, head=bool(head))
         fused.save(path)
         rows.append(Row("", name, nodes=operators(path).total()))
         paths.append(path)
