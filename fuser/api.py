@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fuser.runtime.executor import Executor
 from fuser.tensors import to_array, to_tensor
 from fuser.verification import Reference, Role, Verification, coarsest, compare, reference_of, too_large
 
+EXACT = 1  # the last accuracy level at which ONNX Runtime computes in float32
 PREFILL_TOKENS = 2048  # of the prefill step that is emitted
 
 
@@ -124,6 +126,7 @@ def fuse(
     overrides: Mapping[str, str | Format | None] | None = None,
     keep: Sequence[str] = (),
     head: bool = False,
+    accuracy_level: int | None = None,
     progress: Progress | None = None,
 ) -> FusedModel:
     """Fuses a transformer exported to ONNX, its weights quantized first where that is asked for.
@@ -135,6 +138,8 @@ def fuse(
         verify: prove each rewrite numerically, and compare original and result in ONNX Runtime; a quantized result is
             compared with the quantized original as torch computes it: what rounding weights changes is no error.
         quantize: a format for weights, as of `fuser.quantize`: `int4`, `int8:channel`, `nf4:64`, `w8a8`, ...
+        accuracy_level: of the file's MatMulNBits, 0 to 4; by default the source's own, or 0. From 2 on ONNX Runtime may round
+            their inputs (4: to eight bits), which is faster on CPUs, and which the comparison leaves out.
         overrides, keep, head: which weights take another format or none, as of `fuser.quantize`.
         progress: called with the name of each stage as it begins.
 
@@ -148,24 +153,29 @@ def fuse(
     chosen = None if quantize is None else choices(quantize, overrides=overrides, keep=keep, head=head)
     if chosen is None and (overrides or keep or head):
         raise UsageError("overrides, keep and head say which weights are quantized: give quantize, a format, as well")
-    graph, original, sources, (found, unfit) = _rewritten(model, dims, verify, report, note, chosen)
+    if accuracy_level not in (None, *range(5)):
+        raise UsageError(f"an accuracy level is 0 to 4, not {accuracy_level}")
+    made = _rewritten(model, dims, verify, report, note, chosen)
+    graph, level = made.graph, made.accuracy_level if accuracy_level is None else accuracy_level
     with stage(report, "export", note):
         artifact = export(graph, target, report.fused)
     report.notes = artifact.notes
     report.nodes_after = len(artifact.model.graph.node)
     report.weights_bytes_after = artifact.weight_bytes
-    fused = FusedModel(graph, report, artifact, sources)
+    fused = FusedModel(graph, report, artifact, made.sources)
     if not verify:
         report.verification = Verification(skipped="--no-verify")
+        artifact.set_accuracy_level(level)
         return fused
     with stage(report, "verify", note):
-        skipped = unfit or too_large(max(report.weights_bytes_before, report.weights_bytes_after))
+        skipped = made.unfit or too_large(max(report.weights_bytes_before, report.weights_bytes_after))
         if skipped:
             report.verification = Verification(skipped=skipped)
         else:
             source = str(path) if path is not None else _bytes(model)
-            reference = _reference(source, original, graph)
-            report.verification = compare(reference, artifact, found, coarsest(graph))
+            reference = _reference(source, made.original, graph)
+            report.verification = compare(reference, artifact, made.roles, coarsest(graph))
+    artifact.set_accuracy_level(level)
     if not report.verification.skipped and not report.verification.passed:
         cases = ", ".join(f"{name} {error:.1e}" for name, error in report.verification.cases.items())
         tolerance = f"{report.verification.tolerance:.1e}"
@@ -209,8 +219,8 @@ def plan_kernels(
     if regime not in REGIMES:
         raise UsageError(f"there is no regime '{regime}'; regimes are {', '.join(REGIMES)}")
     report = _report(_path(model), "functions")
-    graph, *_ = _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
-    return plan(graph, "prefill" if regime == "prefill" else "decode")
+    made = _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
+    return plan(made.graph, "prefill" if regime == "prefill" else "decode")
 
 
 def _path(model: str | os.PathLike[str] | onnx.ModelProto) -> Path | None:
@@ -223,6 +233,19 @@ def _report(path: Path | None, target: str) -> Report:
     return Report(str(path) if path else "ModelProto", target)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A fused graph; the graph that it is held against where that is not its source; the files it was read from; the roles
+    of its inputs, or why there are none; the accuracy level of the source's products with codes."""
+
+    graph: Graph
+    original: Graph | None
+    sources: Collection[Path]
+    roles: list[Role]
+    unfit: str
+    accuracy_level: int
+
+
 def _rewritten(
     model: str | os.PathLike[str] | onnx.ModelProto,
     dims: Mapping[str, int] | None,
@@ -232,9 +255,7 @@ def _rewritten(
     chosen: Choices | None = None,
     *,
     compared: bool = True,
-) -> tuple[Graph, Graph | None, Collection[Path], tuple[list[Role], str]]:
-    """The fused graph, the quantized one before it was fused, the files it was read from, and its inputs' roles or the
-    reason why inputs cannot be made."""
+) -> _Made:
     path = _path(model)
     with stage(report, "read", note):
         if isinstance(model, onnx.ModelProto):
@@ -247,14 +268,14 @@ def _rewritten(
         graph = from_proto(proto, path.parent if path else Path(), dims, path)
         report.weights_bytes_before = weight_bytes(graph)
         before = steps(graph)
+    level = max((node.attributes.get("accuracy_level", 0) for node in graph.nodes), default=0)
     canonicalized(graph, report, note)
-    inputs = input_roles(graph) if verify and compared else ([], "")
-    original = None
+    found, unfit = input_roles(graph) if verify and compared else ([], "")
     if chosen is not None:
         graph = quantization(graph, chosen, report, note)
-        original = graph.clone()
+    original = graph.clone() if chosen is not None or level > EXACT else None
     rewritten(graph, before, report, note, verify=verify)
-    return graph, original, sources, inputs
+    return _Made(graph, original, sources, found, unfit, level)
 
 
 def _reference(source: str | bytes, quantized: Graph | None, fused: Graph) -> str | bytes | Reference:

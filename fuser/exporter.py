@@ -50,6 +50,12 @@ class Artifact:
         )
         return inside + sum(constant.nbytes for _, constant in self.external)
 
+    def set_accuracy_level(self, level: int) -> None:
+        """Of all products with codes: what ONNX Runtime may round their inputs to."""
+        for node in self.model.graph.node if level else ():
+            if (node.domain, node.op_type) == (MICROSOFT, "MatMulNBits"):
+                node.attribute.append(onnx.helper.make_attribute("accuracy_level", level))
+
     def write(self, path: str | os.PathLike[str], keep: Collection[Path] = ()) -> None:
         """Writes the model to `path` (and its weights beside it): whole, synced, then renamed into place.
 

@@ -313,6 +313,25 @@ def test_the_command_says_what_it_quantized(tmp_path: Path) -> None:
         fuser.fuse(DEMO, quantize="int4", keep=["*"], verify=False)
 
 
+def test_an_accuracy_level_is_kept(tmp_path: Path) -> None:
+    """It is left out of the comparison, and is that of the source where none is given."""
+
+    def levels(fused: fuser.FusedModel) -> set[int]:
+        nodes = [node for node in fused._artifact.model.graph.node if node.op_type == "MatMulNBits"]
+        found = [{a.name: a.i for a in node.attribute}.get("accuracy_level", 0) for node in nodes]
+        assert fused.report.verification.passed and found
+        return set(found)
+
+    assert levels(fuser.fuse(DEMO, quantize="int8")) == {0}
+    rounding = fuser.fuse(DEMO, quantize="int8", accuracy_level=4)
+    assert levels(rounding) == {4}
+    rounding.save(tmp_path / "q.onnx")
+    assert levels(fuser.fuse(tmp_path / "q.onnx")) == {4}
+    assert levels(fuser.fuse(tmp_path / "q.onnx", accuracy_level=0)) == {0}
+    with pytest.raises(UsageError, match="0 to 4"):
+        fuser.fuse(DEMO, quantize="int8", accuracy_level=5)
+
+
 def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     right = products.nbits
 

@@ -31,18 +31,18 @@ def _nbits(graph: Graph, node: Node) -> bool:
     codes, steps = _known(held), _known(scales)
     if codes is None or steps is None or order is not None or bits not in (4, 8) or x is None or x.dtype is None:
         return False
-    if zeros is not None and (_known(zeros) is None or zeros.dtype is not DType.UINT8):
+    blocks, levels = -(-K // block), _known(zeros)
+    if zeros is not None and (levels is None or levels.dtype is not DType.UINT8):
         return False
-    blocks = -(-K // block)
+    if levels is not None and levels.size != N * -(-blocks * bits // 8):
+        return False
     if codes.shape[0] != N or codes.size != N * blocks * block * bits // 8 or steps.size != N * blocks:
         return False
-    levels = None
-    if zeros is not None and zeros.constant is not None:
-        levels = unpacked(zeros.constant.numpy().reshape(N, -1), bits, blocks)
+    middles = None if levels is None else unpacked(levels.numpy().reshape(N, -1), bits, blocks)
     width = -(-K * bits // 8)
     packed = ByRows((codes,), DType.UINT8, (N, width), lambda rows: rows.reshape(len(rows), -1)[:, :width])
     kind = "int4" if bits == 4 else "int8"
-    weight = _weight(packed, steps.numpy().reshape(N, blocks), levels, kind, block, K, x.dtype)
+    weight = _weight(packed, steps.numpy().reshape(N, blocks), middles, kind, block, K, x.dtype)
     return weight is not None and held is not None and _linear(graph, node, x, weight, held.name, bias)
 
 
@@ -98,8 +98,12 @@ def _dequantized(graph: Graph, node: Node) -> bool:
     if steps.size > 1 and along != (0 if across else 1) ^ (0 if block else 1):
         return False
     K, N = codes.shape if across else codes.shape[::-1]
-    levels = None if zeros is None or zeros.constant is None else zeros.constant.numpy()
-    weight = _from_linear(codes, steps.numpy(), levels, across, block or K, K, N, steps.dtype)
+    block = block or max(K, 1)
+    levels = _known(zeros)
+    if any(part is not None and part.size not in (1, N * -(-K // block)) for part in (steps, levels)):
+        return False
+    middles = None if levels is None else levels.numpy()
+    weight = _from_linear(codes, steps.numpy(), middles, across, block, K, N, steps.dtype)
     if weight is None:
         return False
     return become(graph, node, graph.constant(Transposed(weight) if across else weight, held.name))
@@ -109,7 +113,11 @@ def _readers(value: Value) -> set[tuple[str, int]]:
     """Who reads a value, or what it is cast to, at which input."""
     found: set[tuple[str, int]] = set()
     for user, index in value.uses:
-        found |= _readers(user.output) if user.is_a("Cast") and not user.output.pinned else {(user.op, index)}
+        found |= (
+            _readers(user.output)
+            if user.is_a("Cast") and not user.output.pinned
+            else {(f"{user.domain}{user.op}", index)}
+        )
     return found
 
 

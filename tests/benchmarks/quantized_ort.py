@@ -17,20 +17,26 @@ import fuser
 from tests import zoo
 from tests.benchmarks.decode import QUICK, SOURCES, Row, Setup, hardware, loaded, operators, silent, timed, versions
 
-FORMATS = ("int4", "int4+head", "int8", "nf4", "w8a8")
+FORMATS = ("int4", "int4+head", "int4@4", "int8", "int8@4", "nf4", "w8a8")
 BASELINE = "float32"
 
 
 def measure(setup: Setup, formats: Sequence[str], folder: Path) -> list[tuple[Row, int]]:
-    """A row for float32 and one for each format, with the bytes of its weights; `+head` quantizes the logits' product too."""
+    """A row for float32 and one for each format, with the bytes of its weights; `+head` quantizes the logits' product
+    too, `@4` is of that accuracy level."""
     original = folder / "original.onnx"
     with silent():
         SOURCES[0].write(setup.model(), setup, original)
     rows, paths, sizes = [], [], []
     for name in (BASELINE, *formats):
         path = folder / f"{name.replace(':', '-')}.onnx"
-        format, _, head = name.partition("+")
-        fused = fuser.fuse(original, quantize=None if name == BASELINE else format, head=bool(head))
+        format, _, level = name.removesuffix("+head").partition("@")
+        fused = fuser.fuse(
+            original,
+            quantize=None if name == BASELINE else format,
+            head=name.endswith("+head"),
+            accuracy_level=int(level or 0),
+        )
         fused.save(path)
         rows.append(Row("", name, nodes=operators(path).total()))
         paths.append(path)
