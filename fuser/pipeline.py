@@ -1,14 +1,14 @@
 """From an imported graph to a fused one, each stage timed and reported: what all front doors share."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
 from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
-from fuser.constants import Constant
 from fuser.errors import VerificationError
-from fuser.graph import Graph, Value
+from fuser.graph import Graph
 from fuser.layers import Step
 from fuser.quantized import Quantized
 from fuser.quantizing import Choices, quantized
@@ -39,16 +39,7 @@ def canonicalized(graph: Graph, report: Report, note: Progress) -> None:
 def quantization(graph: Graph, choices: Choices, report: Report, note: Progress) -> Graph:
     """A canonical graph with its weights quantized, one after another."""
     with stage(report, "quantize", note):
-        found = quantized(graph, choices, progress=lambda name: note(f"quantize {name}"))
-    weights = {id(leaf): leaf for value in found.constants() for leaf in leaves(value) if isinstance(leaf, Quantized)}
-    for weight in weights.values():
-        report.quantized[str(weight.format)] = report.quantized.get(str(weight.format), 0) + 1
-    return found
-
-
-def leaves(value: Value) -> list[Constant]:
-    """The stored constants that a value is made of."""
-    return [] if value.constant is None else value.constant.leaves()
+        return quantized(graph, choices, progress=lambda name: note(f"quantize {name}"))
 
 
 def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, *, verify: bool) -> None:
@@ -57,11 +48,20 @@ def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, 
     note("fuse")
     outcome = rewrite(graph, patterns.ALL, verify=verify)
     report.fused, report.misses = outcome.fused, outcome.misses
+    report.quantized = _formats(graph)
     report.checked, report.reused = outcome.checked, outcome.reused
     report.explanation = explanation.explain(report.model, report.nodes_before, before, outcome)
     parts = {"recognize": outcome.recognize_s, "match": outcome.match_s, "check": outcome.check_s}
     report.stages_s |= parts
     report.stages_s["rewrite"] = max(0.0, perf_counter() - start - sum(parts.values()))
+
+
+def _formats(graph: Graph) -> dict[str, int]:
+    """How many weights are held as codes of each format."""
+    held = {
+        id(leaf): leaf for value in graph.constants() if value.constant is not None for leaf in value.constant.leaves()
+    }
+    return dict(Counter(str(leaf.format) for leaf in held.values() if isinstance(leaf, Quantized)))
 
 
 def input_roles(graph: Graph) -> tuple[list[Role], str]:

@@ -1,6 +1,8 @@
 """Quantized weights in ONNX files: what ONNX Runtime computes with them, and that they are read back bit by bit."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -311,6 +313,31 @@ def test_the_command_says_what_it_quantized(tmp_path: Path) -> None:
         assert refused.exit_code == 2 and len(refused.stderr.splitlines()) == 1
     with pytest.raises(UsageError, match="nothing is quantized"):
         fuser.fuse(DEMO, quantize="int4", keep=["*"], verify=False)
+
+
+STREAMED = """
+import resource, sys
+import fuser
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fuser.fuse(sys.argv[1], quantize="int4", head=True, verify=False).save(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_weights_are_quantized_one_after_another(tmp_path: Path) -> None:
+    """Of a file of 192 MB no more is held than its codes and what its largest weight, 8 MB, needs."""
+    nodes, count = models.Nodes(21), 24
+    x = "x"
+    for number in range(count):
+        x = nodes("MatMul", x, nodes.const(drawn(*((1024, 2048) if number % 2 == 0 else (2048, 1024))), np.float32))
+    model = nodes.model([models.tensor("x", ["B", 1024])], [models.tensor(x, ["B", 1024])])
+    onnx.save(model, tmp_path / "large.onnx", save_as_external_data=True, location="large.data")
+    del model
+    arguments = [sys.executable, "-c", STREAMED, str(tmp_path / "large.onnx"), str(tmp_path / "q.onnx")]
+    found = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    grown = int(found.stdout) * 1024
+    assert (tmp_path / "q.onnx").stat().st_size < 30e6
+    assert grown < 0.75 * (tmp_path / "large.data").stat().st_size
 
 
 def test_an_accuracy_level_is_kept(tmp_path: Path) -> None:
