@@ -1,8 +1,11 @@
 """The Python API: `fuser.fuse(model)` and the FusedModel it returns."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -16,14 +19,20 @@ from fuser.codegen.program import Program
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
-from fuser.graph import Graph
+from fuser.formats import Format
+from fuser.graph import FUSER, Graph
 from fuser.importer import external_files, from_proto, read_model
 from fuser.layers import steps
 from fuser.lowering import TARGETS
-from fuser.pipeline import Progress, canonicalized, input_roles, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, input_roles, quantization, rewritten, stage, weight_bytes
+from fuser.quantized import unrounded
+from fuser.quantizing import Choices, choices
 from fuser.report import Report, explanation_text
-from fuser.verification import Role, Verification, coarsest, compare, too_large
+from fuser.runtime.executor import Executor
+from fuser.tensors import to_array, to_tensor
+from fuser.verification import Reference, Role, Verification, coarsest, compare, reference_of, too_large
 
+EXACT = 1  # the last accuracy level at which ONNX Runtime computes in float32
 PREFILL_TOKENS = 2048  # of the prefill step that is emitted
 
 
@@ -118,40 +127,60 @@ def fuse(
     target: str = "ort",
     dims: Mapping[str, int] | None = None,
     verify: bool = True,
+    quantize: str | Format | None = None,
+    overrides: Mapping[str, str | Format | None] | None = None,
+    keep: Sequence[str] = (),
+    head: bool = False,
+    accuracy_level: int | None = None,
     progress: Progress | None = None,
 ) -> FusedModel:
-    """Fuses a transformer exported to ONNX.
+    """Fuses a transformer exported to ONNX, its weights quantized first where that is asked for.
 
     Args:
         model: a file (opset 13 or newer; external data is found beside it), or a ModelProto with its data inside.
         target: `ort`: operators of stock ONNX Runtime; `functions`: fused nodes with bodies of standard operators.
         dims: sizes for named dims of the inputs, e.g. `{"batch": 1}`.
-        verify: prove each rewrite numerically, and compare original and result in ONNX Runtime.
+        verify: prove each rewrite numerically, and compare original and result in ONNX Runtime; a quantized result is
+            compared with the quantized original as torch computes it: what rounding weights changes is no error.
+        quantize: a format for weights, as of `fuser.quantize`: `int4`, `int8:channel`, `nf4:64`, `w8a8`, ...
+        accuracy_level: of the file's MatMulNBits, 0 to 4; by default the source's own, or 0. From 2 on ONNX Runtime may round
+            their inputs (4: to eight bits), which is faster on CPUs, and which the comparison leaves out.
+        overrides, keep, head: which weights take another format or none, as of `fuser.quantize`.
         progress: called with the name of each stage as it begins.
 
     Raises:
         InputError: the model cannot be read or is not supported.
-        UsageError: an unknown target or dim.
+        UsageError: an unknown target, dim or format.
         VerificationError: original and fused model disagree.
     """
     path = _path(model)
     report, note = _report(path, target), progress or (lambda stage: None)
-    graph, sources, (found, unfit) = _rewritten(model, dims, verify, report, note)
+    chosen = None if quantize is None else choices(quantize, overrides=overrides, keep=keep, head=head)
+    if chosen is None and (overrides or keep or head):
+        raise UsageError("overrides, keep and head say which weights are quantized: give quantize, a format, as well")
+    if accuracy_level not in (None, *range(5)):
+        raise UsageError(f"an accuracy level is 0 to 4, not {accuracy_level}")
+    made = _rewritten(model, dims, verify, report, note, chosen)
+    graph, level = made.graph, made.accuracy_level if accuracy_level is None else accuracy_level
     with stage(report, "export", note):
         artifact = export(graph, target, report.fused)
+    report.notes = artifact.notes
     report.nodes_after = len(artifact.model.graph.node)
     report.weights_bytes_after = artifact.weight_bytes
-    fused = FusedModel(graph, report, artifact, sources)
+    fused = FusedModel(graph, report, artifact, made.sources)
     if not verify:
         report.verification = Verification(skipped="--no-verify")
+        artifact.set_accuracy_level(level)
         return fused
     with stage(report, "verify", note):
-        skipped = unfit or too_large(max(report.weights_bytes_before, report.weights_bytes_after))
+        skipped = made.unfit or too_large(max(report.weights_bytes_before, report.weights_bytes_after))
         if skipped:
             report.verification = Verification(skipped=skipped)
         else:
-            original = str(path) if path is not None else _bytes(model)
-            report.verification = compare(original, artifact, found, coarsest(graph))
+            source = str(path) if path is not None else _bytes(model)
+            reference = _reference(source, made.original, graph)
+            report.verification = compare(reference, artifact, made.roles, coarsest(graph))
+    artifact.set_accuracy_level(level)
     if not report.verification.skipped and not report.verification.passed:
         cases = ", ".join(f"{name} {error:.1e}" for name, error in report.verification.cases.items())
         tolerance = f"{report.verification.tolerance:.1e}"
@@ -195,8 +224,8 @@ def plan_kernels(
     if regime not in REGIMES:
         raise UsageError(f"there is no regime '{regime}'; regimes are {', '.join(REGIMES)}")
     report = _report(_path(model), "functions")
-    graph, _, _ = _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
-    return plan(graph, "prefill" if regime == "prefill" else "decode")
+    made = _rewritten(model, dims, verify, report, progress or (lambda stage: None), compared=False)
+    return plan(made.graph, "prefill" if regime == "prefill" else "decode")
 
 
 def _path(model: str | os.PathLike[str] | onnx.ModelProto) -> Path | None:
@@ -209,16 +238,29 @@ def _report(path: Path | None, target: str) -> Report:
     return Report(str(path) if path else "ModelProto", target)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A fused graph; the graph that it is held against where that is not its source; the files it was read from; the roles
+    of its inputs, or why there are none; the accuracy level of the source's products with codes."""
+
+    graph: Graph
+    original: Graph | None
+    sources: Collection[Path]
+    roles: list[Role]
+    unfit: str
+    accuracy_level: int
+
+
 def _rewritten(
     model: str | os.PathLike[str] | onnx.ModelProto,
     dims: Mapping[str, int] | None,
     verify: bool,
     report: Report,
     note: Progress,
+    chosen: Choices | None = None,
     *,
     compared: bool = True,
-) -> tuple[Graph, Collection[Path], tuple[list[Role], str]]:
-    """The fused graph, the files it was read from, and its inputs' roles or the reason why inputs cannot be made."""
+) -> _Made:
     path = _path(model)
     with stage(report, "read", note):
         if isinstance(model, onnx.ModelProto):
@@ -231,10 +273,33 @@ def _rewritten(
         graph = from_proto(proto, path.parent if path else Path(), dims, path)
         report.weights_bytes_before = weight_bytes(graph)
         before = steps(graph)
+    level = max((node.attributes.get("accuracy_level", 0) for node in graph.nodes), default=0)
     canonicalized(graph, report, note)
-    inputs = input_roles(graph) if verify and compared else ([], "")
+    found, unfit = input_roles(graph) if verify and compared else ([], "")
+    if chosen is not None:
+        graph = quantization(graph, chosen, report, note)
+    original = graph.clone() if chosen is not None or level > EXACT else None
     rewritten(graph, before, report, note, verify=verify)
-    return graph, sources, inputs
+    return _Made(graph, original, sources, found, unfit, level)
+
+
+def _reference(source: str | bytes, quantized: Graph | None, fused: Graph) -> str | bytes | Reference:
+    """What a fused model is held against: its source, or the graph that was quantized, as torch computes it.
+
+    Where activations are rounded, results are as near as those without that rounding: one may fall to the other side.
+    """
+
+    def outputs(executor: Executor, given: Mapping[str, Any]) -> dict[str, Any]:
+        made = executor(*(to_tensor(given[value.name]) for value in fused.inputs))
+        return {name: to_array(x) for name, x in zip(fused.output_names, made, strict=True)}
+
+    rounds = any(node.is_a("fake_quantize", FUSER) for node in fused.nodes)
+    if quantized is None and not rounds:
+        return source
+    original = cache(lambda: reference_of(source))  # a source that cannot be run is told of by the comparison
+    run = (lambda given: original().run(given)) if quantized is None else partial(outputs, Executor(quantized))
+    again = partial(outputs, Executor(fused))
+    return Reference(run, unrounded()(again), 1.0) if rounds else Reference(run, again)
 
 
 def _bytes(model: str | os.PathLike[str] | onnx.ModelProto) -> bytes:

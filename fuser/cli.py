@@ -55,20 +55,29 @@ class Progress:
         self.console, self.enabled = console, enabled
         self.timer: threading.Timer | None = None
         self.status: Any = None
+        self.stage = ""
 
     def __call__(self, stage: str) -> None:
+        """A stage begins; one whose first word is that of the running stage goes on with it: `quantize layers.0.mlp`."""
+        goes_on = self.timer is not None and stage.split()[:1] == self.stage.split()[:1]
+        self.stage = stage
+        if goes_on:
+            if self.status is not None:
+                self.status.update(_line(f"{stage} ..."))
+            return
         self.stop()
         if self.enabled:
-            self.timer = threading.Timer(QUIET_SECONDS, self._show, (stage,))
+            self.timer = threading.Timer(QUIET_SECONDS, self._show)
             self.timer.daemon = True
             self.timer.start()
 
-    def _show(self, stage: str) -> None:
+    def _show(self) -> None:
+        text = _line(f"{self.stage} ...")
         if self.console.is_terminal:
-            self.status = self.console.status(f"{stage} ...")
+            self.status = self.console.status(text)
             self.status.start()
         else:
-            self.console.print(f"{stage} ...", highlight=False)
+            self.console.print(text, highlight=False, markup=False)
 
     def stop(self) -> None:
         if self.timer is not None:
@@ -94,6 +103,17 @@ def _sizes(entries: list[str], option: str) -> dict[str, int]:
         name, size = name.strip(), int(number[:20])
         if found.setdefault(name, size) != size:
             raise UsageError(f"{option} {entry}: {name} is {found[name]} already")
+    return found
+
+
+def _formats(entries: list[str]) -> dict[str, str]:
+    """GLOB=FORMAT pairs."""
+    found = {}
+    for entry in entries:
+        glob, _, name = entry.rpartition("=")
+        if not glob or not name:
+            raise UsageError(f"--override {entry}: expected GLOB=FORMAT")
+        found[glob] = name
     return found
 
 
@@ -160,6 +180,17 @@ class Emission:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """Which weights become codes, as they are to be said to `fuser.fuse`."""
+
+    quantize: str | None
+    keep: list[str]
+    overrides: dict[str, str]
+    head: bool
+    accuracy_level: int | None
+
+
 Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
 Dims = Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="Fix a named dim of the inputs.")]
 KvCache = Annotated[
@@ -185,6 +216,26 @@ def fuse(
         typer.Option("--verify/--no-verify", help="Prove every rewrite, and compare the result with the original."),
     ] = True,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Quantize weights: int8, int4, nf4, w8a8, fp8; int4:64, int8:channel, int4:32:asymmetric.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Of modules whose weights are not quantized.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB=FORMAT", help="A format of its own for some modules' weights.")
+    ] = None,
+    quantize_head: Annotated[
+        bool, typer.Option("--quantize-head", help="Quantize the product that makes the logits as well.")
+    ] = False,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(help="Of MatMulNBits: 4 lets ONNX Runtime round inputs to eight bits, faster and less exact."),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show by layer what was fused, and every near miss.")
     ] = False,
@@ -220,7 +271,8 @@ def fuse(
     """
     with _failing(quiet=quiet, verbose=verbose) as (console, progress):
         _run(console, progress, model, output, target, _sizes(dim or [], "--dim"), verify, report, explain,
-             _sizes(expect or [], "--expect"), strict, as_json, quiet, Emission(emit_triton, dtype, tokens))  # fmt: skip
+             _sizes(expect or [], "--expect"), strict, as_json, quiet, Emission(emit_triton, dtype, tokens),
+             Quantization(quantize, keep or [], _formats(override or []), quantize_head, accuracy_level))  # fmt: skip
 
 
 @app.command("explain", context_settings=HELP)
@@ -501,6 +553,7 @@ def _run(
     as_json: bool,
     quiet: bool,
     emission: Emission,
+    quantization: Quantization,
 ) -> None:
     from fuser import api
     from fuser.exporter import write_text
@@ -513,7 +566,7 @@ def _run(
             raise UsageError(f"--report and -o are the same file, '{output}'")
     if emission.folder is not None:
         api.check_emission(emission.folder, dtype=emission.dtype, tokens=emission.tokens)
-    fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress)
+    fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress, **vars(quantization))
     progress.stop()
     record = fused.report
     if report_file is not None:

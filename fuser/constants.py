@@ -79,6 +79,7 @@ class Constant(ABC):
             return
         rows = self.shape[0]
         step = max(1, BLOCK_BYTES * rows // max(1, self.nbytes))
+        step += step % 2 if self.dtype.bits == 4 else 0  # an odd number of elements ends in the middle of a byte
         for start in range(0, rows, step):
             yield _raw(self.rows(start, min(rows, start + step)), self.dtype)
 
@@ -93,7 +94,13 @@ class Constant(ABC):
 
 
 def _raw(array: np.ndarray, dtype: DType) -> bytes:
-    return np.ascontiguousarray(array, dtype=dtype.numpy).tobytes()
+    array = np.ascontiguousarray(array, dtype=dtype.numpy)
+    if dtype.bits != 4:
+        return array.tobytes()
+    codes = array.reshape(-1).view(np.uint8) & 15  # numpy keeps each in a byte; in a file the first of two is low
+    pairs = np.append(codes, np.zeros(codes.size % 2, np.uint8)).reshape(-1, 2)
+    packed: np.ndarray = pairs[:, 0] | pairs[:, 1] << 4
+    return packed.tobytes()
 
 
 @dataclass(eq=False)

@@ -34,10 +34,11 @@ SPARING = {(MICROSOFT, "SkipLayerNormalization"), (MICROSOFT, "SkipSimplifiedLay
 
 @dataclass
 class Artifact:
-    """A model ready to be written: the proto, and the weights that go beside it."""
+    """A model ready to be written: the proto, the weights that go beside it, and what was not written as it was wanted."""
 
     model: ModelProto
     external: list[tuple[TensorProto, Constant]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def weight_bytes(self) -> int:
@@ -48,6 +49,12 @@ class Artifact:
             if not tensor.external_data
         )
         return inside + sum(constant.nbytes for _, constant in self.external)
+
+    def set_accuracy_level(self, level: int) -> None:
+        """Of all products with codes: what ONNX Runtime may round their inputs to."""
+        for node in self.model.graph.node if level else ():
+            if (node.domain, node.op_type) == (MICROSOFT, "MatMulNBits"):
+                node.attribute.append(onnx.helper.make_attribute("accuracy_level", level))
 
     def write(self, path: str | os.PathLike[str], keep: Collection[Path] = ()) -> None:
         """Writes the model to `path` (and its weights beside it): whole, synced, then renamed into place.
@@ -163,12 +170,15 @@ def export(graph: Graph, target: str, fusions: Mapping[str, int]) -> Artifact:
         fusions: what was fused, for the file's own summary.
     """
     lowered = graph.clone()
-    functions = lower(lowered, target)
+    notes: list[str] = []
+    functions = lower(lowered, target, notes.append)
     _name_outputs(lowered)
     model = _assemble(lowered, functions)
     _stamp(model, graph, target, fusions)
-    artifact = Artifact(model)
+    artifact = Artifact(model, notes=notes)
     constants = lowered.constants()
+    if any(value.dtype in (DType.INT4, DType.UINT4) for value in constants):
+        model.ir_version = max(model.ir_version, 10)
     inline = sum(value.constant.nbytes for value in constants if value.constant) <= INLINE_LIMIT
     for value in constants:
         constant = value.constant

@@ -1,12 +1,13 @@
 """From fused nodes to what a target runs: contrib and standard operators, or functions with bodies of standard ones."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 
-from fuser.constants import Array
+from fuser.constants import Array, Constant
 from fuser.content import content
 from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
@@ -14,6 +15,8 @@ from fuser.errors import UsageError
 from fuser.fused import REGISTRY, FusedOp, Lowering
 from fuser.graph import FUSER, MICROSOFT, Graph, Node, Value
 from fuser.onnx_nodes import Reference, node_proto
+from fuser.onnx_weights import holds_codes
+from fuser.products import Say, dequantized, opset_of, product
 from fuser.shapes import infer_node
 from fuser.spelling import PARAMETERS, Spelling
 
@@ -30,9 +33,10 @@ class Emitter:
     FLOAT = DType.FLOAT32.onnx
 
     def __init__(
-        self, graph: Graph, like: Node | None = None, domain: str = "", shared: dict[Any, Any] | None = None
-    ) -> None:
-        self._graph, self._like, self._domain = graph, like, domain
+        self, graph: Graph, like: Node | None = None, domain: str = "", shared: dict[Any, Any] | None = None,
+        target: str = "",
+    ) -> None:  # fmt: skip
+        self._graph, self._like, self._domain, self._target = graph, like, domain, target
         self._shared = {} if shared is None else shared
 
     @property
@@ -43,7 +47,7 @@ class Emitter:
     @property
     def microsoft(self) -> "Emitter":
         """The operators ONNX Runtime contributes."""
-        return Emitter(self._graph, self._like, MICROSOFT, self._shared)
+        return Emitter(self._graph, self._like, MICROSOFT, self._shared, self._target)
 
     @property
     def node(self) -> Node | None:
@@ -55,7 +59,7 @@ class Emitter:
         key = (id(after), key)
         if key not in self._shared:
             like = None if after is None else after.producer
-            self._shared[key] = make(Emitter(self._graph, like, self._domain, self._shared))
+            self._shared[key] = make(Emitter(self._graph, like, self._domain, self._shared, self._target))
         return self._shared[key]
 
     def take_over(self, node: Node, outputs: Mapping[int, Value]) -> None:
@@ -65,21 +69,28 @@ class Emitter:
         self._graph.remove(node)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        def emit(*inputs: Value | None, outputs: int = 1, **attributes: Any) -> Any:
-            given = list(inputs)
-            while given and given[-1] is None:
-                given.pop()
-            stem = self._like.output.name if self._like else name.lower()
-            node = self._graph.add(
-                name, given, attributes, domain=self._domain, outputs=[stem] * outputs, like=self._like
-            )
-            infer_node(self._graph, node)
-            return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+        return partial(self.plain, name)
 
-        return emit
+    def plain(self, name: str, *inputs: Value | None, outputs: int = 1, **attributes: Any) -> Any:
+        """A node of an operator by its name, whatever its inputs hold."""
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
+        stem = self._like.output.name if self._like else name.lower()
+        node = self._graph.add(name, given, attributes, domain=self._domain, outputs=[stem] * outputs, like=self._like)
+        infer_node(self._graph, node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def MatMul(self, a: Value, b: Value) -> Any:  # noqa: N802  (an operator)
+        """A product; by codes, where b is a weight that holds some."""
+        return product(self, a, b, self._target) if holds_codes(b.constant) else self.plain("MatMul", a, b)
 
     def constant(self, data: Any, dtype: DType, stem: str = "const") -> Value:
-        return self._graph.constant(Array.of(data, dtype), stem)
+        return self.held(Array.of(data, dtype), stem)
+
+    def held(self, data: Constant, stem: str) -> Value:
+        """A constant value."""
+        return self._graph.constant(data, stem)
 
     def size(self, shape: Value, axis: int) -> Value:
         """The int64 scalar that a vector of sizes holds at `axis`."""
@@ -120,8 +131,14 @@ class Emitter:
         return self.constant(np.ones(value.shape[-1]), value.dtype, "ones")
 
 
-def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
+def _silent(note: str) -> None:
+    """Tells nobody."""
+
+
+def lower(graph: Graph, target: str, say: Say = _silent) -> list[onnx.FunctionProto]:
     """Rewrites a graph into what `target` runs, in ONNX's spelling; returns the functions it needs.
+
+    `say` is told of quantized weights that the target has no codes for.
 
     Raises:
         UsageError: there is no such target.
@@ -134,21 +151,25 @@ def lower(graph: Graph, target: str) -> list[onnx.FunctionProto]:
     # Backwards: a node that is lowered sees the fused nodes it reads, and may take them over.
     for node in reversed(list(graph.nodes)):
         operator = REGISTRY.get(node.op) if node.domain == FUSER else None
-        if operator is None or node not in graph.nodes:
+        if node not in graph.nodes:
             continue
-        if functions is not None:
+        if operator is None:
+            if node.is_a("MatMul") and (weight := node.inputs[1]) is not None and holds_codes(weight.constant):
+                _replace(graph, node, Emitter.MatMul, target, shared)
+        elif functions is not None:
             functions.call(node, operator)
         else:
-            _replace(graph, node, operator.lowering(target), shared)
+            node.inputs += [None] * (len(operator.signature.inputs) - len(node.inputs))
+            _replace(graph, node, operator.lowering(target), target, shared)
+    dequantized(graph, lambda node: Emitter(graph, node), say)
     Spelling(graph).spell()
     return list(functions.bodies.values()) if functions is not None else []
 
 
 def _raise_opset(graph: Graph, target: str) -> None:
     """Moves a graph to the opset its fused nodes would like, if that changes no node's meaning."""
-    wanted = max(
-        (REGISTRY[n.op].opsets.get(target, 0) for n in graph.nodes if n.domain == FUSER and n.op in REGISTRY), default=0
-    )
+    fused = (REGISTRY[n.op].opsets.get(target, 0) for n in graph.nodes if n.domain == FUSER and n.op in REGISTRY)
+    wanted = max((opset_of(graph, target), *fused))
     plain = {node.op for node in graph.nodes if not node.domain}
     if (
         wanted > graph.opset
@@ -177,10 +198,8 @@ def _carries_over(op: str, old: int, new: int) -> bool:
     )
 
 
-def _replace(graph: Graph, node: Node, lowering: Lowering, shared: dict[Any, Any]) -> None:
-    operator = REGISTRY[node.op]
-    inputs = node.inputs + [None] * (len(operator.signature.inputs) - len(node.inputs))
-    found = lowering(Emitter(graph, node, shared=shared), *inputs, **node.attributes)
+def _replace(graph: Graph, node: Node, lowering: Lowering, target: str, shared: dict[Any, Any]) -> None:
+    found = lowering(Emitter(graph, node, shared=shared, target=target), *node.inputs, **node.attributes)
     graph.remove(node)
     for old, new in zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=True):
         _provide(graph, old, new)

@@ -1,5 +1,6 @@
 """From an imported graph to a fused one, each stage timed and reported: what all front doors share."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -9,6 +10,8 @@ from fuser.canonicalize import canonicalize
 from fuser.errors import VerificationError
 from fuser.graph import Graph
 from fuser.layers import Step
+from fuser.quantized import Quantized
+from fuser.quantizing import Choices, quantized
 from fuser.report import Report
 from fuser.rewriting import rewrite
 from fuser.verification import Role, roles
@@ -33,17 +36,32 @@ def canonicalized(graph: Graph, report: Report, note: Progress) -> None:
         canonicalize(graph)
 
 
+def quantization(graph: Graph, choices: Choices, report: Report, note: Progress) -> Graph:
+    """A canonical graph with its weights quantized, one after another."""
+    with stage(report, "quantize", note):
+        return quantized(graph, choices, progress=lambda name: note(f"quantize {name}"))
+
+
 def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, *, verify: bool) -> None:
     """Fuses a canonical graph; `before` are the steps of the graph as it came, for the explanation."""
     start = perf_counter()
     note("fuse")
     outcome = rewrite(graph, patterns.ALL, verify=verify)
     report.fused, report.misses = outcome.fused, outcome.misses
+    report.quantized = _formats(graph)
     report.checked, report.reused = outcome.checked, outcome.reused
     report.explanation = explanation.explain(report.model, report.nodes_before, before, outcome)
     parts = {"recognize": outcome.recognize_s, "match": outcome.match_s, "check": outcome.check_s}
     report.stages_s |= parts
     report.stages_s["rewrite"] = max(0.0, perf_counter() - start - sum(parts.values()))
+
+
+def _formats(graph: Graph) -> dict[str, int]:
+    """How many weights are held as codes of each format."""
+    held = {
+        id(leaf): leaf for value in graph.constants() if value.constant is not None for leaf in value.constant.leaves()
+    }
+    return dict(Counter(str(leaf.format) for leaf in held.values() if isinstance(leaf, Quantized)))
 
 
 def input_roles(graph: Graph) -> tuple[list[Role], str]:

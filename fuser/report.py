@@ -26,6 +26,8 @@ class Report:
     nodes_after: int = 0
     weights_bytes_before: int = 0
     weights_bytes_after: int = 0
+    quantized: dict[str, int] = field(default_factory=dict)  # weights by format
+    notes: list[str] = field(default_factory=list)  # what the target has no operators for
     fused: dict[str, int] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
     checked: int = 0
@@ -51,6 +53,8 @@ class Report:
             "target": self.target,
             "nodes": {"before": self.nodes_before, "after": self.nodes_after},
             "weights_bytes": {"before": self.weights_bytes_before, "after": self.weights_bytes_after},
+            "quantized": dict(sorted(self.quantized.items())),
+            "notes": self.notes,
             "fusions": {
                 name: {"fused": self.fused.get(name, 0), "missed": missed.get(name, 0)}
                 for name in sorted({*self.fused, *missed})
@@ -94,6 +98,10 @@ class Report:
             lines.append("  nothing to fuse was found")
         lines += ["", f"  nodes    {self.nodes_before} -> {self.nodes_after}"]
         lines.append(f"  weights  {size(self.weights_bytes_before)} -> {size(self.weights_bytes_after)}")
+        if self.quantized:
+            formats = ", ".join(f"{count} in {name}" for name, count in sorted(self.quantized.items()))
+            lines.append(f"  codes    {formats}")
+        lines += [f"  note     {note}" for note in self.notes]
         lines.append(
             f"  checks   {self.checked} rewrites checked numerically, {self.reused} more of the same structure"
         )

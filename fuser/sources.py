@@ -18,7 +18,7 @@ from fuser.errors import InputError, UsageError
 from fuser.graph import Graph
 from fuser.layers import steps
 from fuser.loading import load, pretrained
-from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, quantization, rewritten, stage, weight_bytes
 from fuser.pretrained import Pretrained, is_pretrained
 from fuser.quantizing import Choices, quantized
 from fuser.report import Report
@@ -131,8 +131,7 @@ def _of_file(path: Path, *, verify: bool, note: Progress, choices: Choices | Non
     before = steps(graph)
     canonicalized(graph, report, note)
     if choices is not None:
-        with stage(report, "quantize", note):
-            graph = quantized(graph, choices)
+        graph = quantization(graph, choices, report, note)
     rewritten(graph, before, report, note, verify=verify)
     report.nodes_after, report.weights_bytes_after = len(graph.nodes), weight_bytes(graph)
     report.verification = Verification(skipped=skipped or "it was not asked for")

@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fuser.dtypes import DType
 from fuser.errors import UnsupportedOperator
+from fuser.formats import FP8_MOST
 from fuser.fused import fused_op
 from fuser.quantized import round_activations
+
+FP8_OPSET = 19  # the first that has its numbers
 
 
 @fused_op("x[*B, D] -> y[*B, D]")
@@ -20,13 +24,17 @@ def fake_quantize(x: Tensor, *, kind: str) -> Tensor:
 
 @fake_quantize.lower("ort")
 def _(op: Any, x: Any, *, kind: str) -> Any:
-    if kind != "int8":
-        raise UnsupportedOperator(f"no lowering rounds activations to {kind}")
+    if kind == "fp8" and op.opset < FP8_OPSET:
+        raise UnsupportedOperator(f"activations are rounded to fp8 by opset {FP8_OPSET} or newer, not {op.opset}")
     wide = op.Cast(x, to=op.FLOAT)
     most = op.ReduceMax(op.Abs(wide), axes=(-1,), keepdims=1)
-    zero = op.Constant(value_float=0.0)
-    scale = op.Where(op.Greater(most, zero), op.Div(most, op.Constant(value_float=127.0)), op.Constant(value_float=1.0))
-    return op.CastLike(op.Mul(op.Round(op.Div(wide, scale)), scale), x)
+    largest = op.Constant(value_float=FP8_MOST if kind == "fp8" else 127.0)
+    scale = op.Where(
+        op.Greater(most, op.Constant(value_float=0.0)), op.Div(most, largest), op.Constant(value_float=1.0)
+    )
+    rows = op.Div(wide, scale)
+    rounded = op.Round(rows) if kind == "int8" else op.Cast(op.Cast(rows, to=DType.FLOAT8_E4M3FN.onnx), to=op.FLOAT)
+    return op.CastLike(op.Mul(rounded, scale), x)
 
 
 @fake_quantize.lower("functions")

@@ -109,7 +109,8 @@ def test_version_and_help() -> None:
 
 
 REPORT_KEYS = {
-    "version", "model", "target", "nodes", "weights_bytes", "fusions", "misses", "checks", "stages_s", "verification",
+    "version", "model", "target", "nodes", "weights_bytes", "quantized", "notes", "fusions", "misses", "checks", "stages_s",
+    "verification",
 }  # fmt: skip
 
 

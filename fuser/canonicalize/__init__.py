@@ -4,7 +4,15 @@ After it exporters differ little, and what is structurally different stays a var
 node and says whether it changed anything; the graph is valid after each.
 """
 
-from fuser.canonicalize import attention, folding, forms, layout, linear, noops  # noqa: F401  importing a module enters its rules
+from fuser.canonicalize import (  # importing a module enters its rules
+    attention,  # noqa: F401
+    folding,  # noqa: F401
+    forms,  # noqa: F401
+    layout,  # noqa: F401
+    linear,  # noqa: F401
+    noops,  # noqa: F401
+    quantized,  # noqa: F401
+)
 from fuser.canonicalize.rules import GENERAL, RULES
 from fuser.canonicalize.sharing import share
 from fuser.graph import Graph

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fuser.errors import UnsupportedOperator
+from fuser.formats import NF4
 from fuser.operators.elementwise import gelu, swish
 from fuser.operators.normalization import layer_norm, rms_norm
 from fuser.operators.table import float32, operator, same_dtype, wide
@@ -166,3 +167,21 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
     """uint8 [N, M] as int64 [N, M * 8 / bits], the lower bits first."""
     shifts = torch.arange(0, 8, bits, device=packed.device)
     return ((packed.to(torch.int64)[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)
+
+
+@operator("MatMulBnb4", domain=_DOMAIN)
+def matmul_bnb4(
+    a: Tensor, b: Tensor, absmax: Tensor, *, K: int, N: int, block_size: int, quant_type: int, training_mode: int = 0,
+    transB: int = 1,
+) -> Tensor:  # fmt: skip
+    """a [..., K] by a weight [K, N] in NF4, stored row after row of its transpose, in blocks that each have a scale.
+
+    b uint8 [ceil(N * K / 2)], the higher four bits first; absmax [ceil(N * K / block_size)].
+    """
+    if quant_type != 1 or training_mode or not transB:
+        raise UnsupportedOperator("weights of four bits that are not NF4, or for training")
+    packed = b.reshape(-1)
+    levels = torch.tensor(NF4, dtype=torch.float64, device=b.device)
+    values = levels[torch.stack([packed >> 4, packed & 15], -1).flatten()[: N * K].long()]
+    weight = values * wide(absmax).reshape(-1).repeat_interleave(block_size)[: N * K]
+    return (wide(a) @ weight.reshape(N, K).T.to(wide(a).dtype)).to(a.dtype)

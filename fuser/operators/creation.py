@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuser.dtypes import DType
 from fuser.errors import FuserError, UnsupportedOperator
 from fuser.operators.table import Ints, ints, operator, same_dtype
 
@@ -106,7 +107,10 @@ def arange(
 
 @operator("Cast")
 def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up", float_dtype: torch.dtype | None) -> Tensor:
-    """`saturate` and `round_mode` concern float8 targets only, which the table has not."""
+    """`saturate` and `round_mode` concern float8 targets only, of which the table has E4M3."""
+    if to == DType.FLOAT8_E4M3FN.onnx:
+        most = torch.finfo(torch.float8_e4m3fn).max
+        return (x.clamp(-most, most) if saturate else x).to(torch.float8_e4m3fn)
     return x.to(dtype_of(to, float_dtype))
 
 
