@@ -15,6 +15,7 @@ from fuser.errors import UsageError
 from fuser.formats import KNOWN, Format
 
 MOST_TOKENS = 64
+TOGETHER = 8  # parts of K whose sums are loaded at a time
 
 
 @dataclass(frozen=True)
@@ -401,7 +402,9 @@ class Composition:
         """Each block leaves, for each part, its sides' sums and then its statistics."""
         e = self.emitter
         tile, row = ("BLOCK_N * BLOCK_M", "m") if self.dot else ("BLOCK_N", "one")
-        inner = "tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]" if self.dot else "tl.arange(0, BLOCK_N)"
+        inner = "m[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]" if self.dot else "tl.arange(0, BLOCK_N)"
+        # Of a tile the tokens that there are: it has room for 16 or more.
+        inside = dict.fromkeys(self.sides, "m_inside[None, :]" if self.dot else "")
         size = f"{len(self.sides)} * {tile}"
         places = {side: f"{f'{tile} + ' * i}inner" for i, side in enumerate(self.sides)}
         for i, name in enumerate(self.statistics):
@@ -417,7 +420,7 @@ class Composition:
             f"own = block + tl.program_id(1) * ({size})",
         )
         for name, place in places.items():
-            e.add(f"tl.store(own + {place}, {name})")
+            e.add(f"tl.store(own + {place}, {name}{f', mask={inside[name]}' if inside.get(name) else ''})")
         e.add(
             "tl.debug_barrier()  # the counter follows what all threads stored",
             'before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")',
@@ -429,10 +432,17 @@ class Composition:
         for name in places:
             shape = ["BLOCK_N"] * (name in self.sides) + ["BLOCK_M"] * self.dot
             e.add(f"{name} = tl.zeros([{', '.join(shape) or '1'}], tl.float32)")
-        with e.block("for part in range(SPLITS):"):
-            e.add(f"other = block + part * ({size})")
+        chunk = min(self.tiling.splits, TOGETHER)
+        with (
+            e.block(f"for first in range(0, SPLITS, {chunk}):"),
+            e.block(f"for part in tl.static_range({chunk}):  # all on their way before the first is added"),
+        ):
+            e.add(f"other = block + (first + part) * ({size})")
             for name, place in places.items():
-                e.add(f'{name} += tl.load(other + {place}, cache_modifier=".cg")')
+                masks = [inside[name]] if inside.get(name) else []
+                masks += ["(first + part < SPLITS)"] * (self.tiling.splits % chunk != 0)
+                masked = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
+                e.add(f'{name} += tl.load(other + {place}{masked}, cache_modifier=".cg")')
 
     def _norm(self) -> None:
         """The norm of x, applied to what came of x."""

@@ -152,21 +152,21 @@ def _tilings_of_codes(what: Linear, whole_head: int) -> Iterator[Tiling]:
     assert what.format is not None
     C = quantized.columns(what.format)
     steps = -(-what.K // C)
-    for rows, warps in ((64, 4), (128, 4), (128, 8), (32, 2)):
+    for rows, warps in ((64, 4), (128, 8), (128, 4)):
         if whole_head and rows != whole_head:
             continue
-        for held in (1, 2, 4, 8) if what.tokens <= 16 else ():
+        for held in (2, 4, 1) if what.tokens <= 16 else ():
             yield Tiling(rows, C, -(-steps // held), warps, 1)
-        for splits in (1, 2, 3, 4, 6, 8):
-            for stages in (3, 4, 6):
-                if splits <= max(steps // 4, 1) and rows >= 64:
+        for splits in (4, 2, 3, 1, 6):
+            for stages in (4, 3, 6):
+                if splits <= max(steps // 4, 1):
                     yield Tiling(rows, C, splits, warps, stages)
 
 
 def _tilings_of_eight_bits(whole_head: int) -> Iterator[Tiling]:
     for rows, warps in ((64, 4), (128, 4), (128, 8)):
         for columns, stages in ((128, 4), (128, 6), (256, 3), (256, 4)):
-            for splits in (1, 2, 3, 4, 8):
+            for splits in (1, 2, 4):
                 if not whole_head or rows == whole_head:
                     yield Tiling(rows, columns, splits, warps, stages)
 
