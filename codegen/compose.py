@@ -18,7 +18,7 @@ from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import ACTIVATIONS, Kernel
 from fuser.codegen.kv_groups import group_of
 from fuser.codegen.linear import MOST_TOKENS, Linear
-from fuser.codegen.matmul import Matmul, matmul
+from fuser.codegen.matmul import Matmul, default_tiles, matmul
 from fuser.codegen.plan import ELEMENTWISE, NORMS, Launch, grouped, split
 from fuser.codegen.program import Argument, Cached, Held, Input, Part, Program, Rows, Scratch, State, Step, Weight
 from fuser.codegen.quantized import EXPONENTS, Dequantize, dequantize
@@ -347,7 +347,12 @@ class _Composer:
                 residual="residual" in tensors, kind=format.kind,
             )  # fmt: skip
             tensors["y"] = self._results(found)
-            self._add(matmul(large), large, [tensors[name] for name in large.tensors], found.nodes)
+            self._add(
+                matmul(large, default_tiles(large, self.made.tokens)),
+                large,
+                [tensors[name] for name in large.tensors],
+                found.nodes,
+            )
         self._nodes(found.left)
 
     def _small(
@@ -412,8 +417,8 @@ class _Composer:
     # Cache and attention
 
     def _writes(self, write: Node, width: int) -> bool:
-        """Whether the kernel of a product can make the groups of the cache: whole ones lie in its programs."""
-        return not self.made.kv_group or self._rotary(write, width).group_pairs > 0
+        """Whether the kernel of a product writes to the cache: not codes, which cost it more than a launch of their own."""
+        return not self.made.kv_group
 
     def _rotary(self, write: Node, width: int) -> Rotary:
         past = write.inputs[-2]

@@ -6,6 +6,8 @@ from fuser.codegen.kernel import Emitter, Kernel, activated, element
 from fuser.codegen.rounding import TYPES
 from fuser.errors import UsageError
 
+SMALL = 132  # tiles of 128 x 128, below which they are made smaller
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -110,12 +112,16 @@ def matmul(what: Matmul, tiles: Tiles | None = None) -> Kernel:
     return e.kernel()
 
 
-def default_tiles(what: Matmul) -> Tiles:
-    """Tiles that are good without a search."""
+def default_tiles(what: Matmul, tokens: int = 4096) -> Tiles:
+    """Tiles that are good without a search, for about so many tokens."""
     if what.dtype == "fp32":  # without tensor cores, whose precision is less
         return Tiles(32, 32, 32, num_warps=4, num_stages=2)
     if what.kind is not None:
-        return Tiles(BLOCK_N=64, BLOCK_K=128) if what.gated else Tiles(BLOCK_K=128, num_stages=4)
+        if what.gated:
+            return Tiles(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4) if tokens <= 512 else Tiles(BLOCK_K=128)
+        if -(-tokens // 128) * -(-what.N // 128) < SMALL:
+            return Tiles(64, 64, 128, num_warps=4, num_stages=5)
+        return Tiles(BLOCK_K=128, num_warps=4)
     return Tiles(BLOCK_N=64) if what.gated else Tiles(num_stages=4)
 
 

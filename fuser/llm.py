@@ -145,7 +145,7 @@ class LLM:
         note = progress or (lambda stage: None)
         if isinstance(quantization, (str, Format)):
             quantization = choices(quantization)
-        source = source_of(model, verify=verify, note=note, choices=quantization)
+        source = source_of(model, verify=verify, note=note, choices=quantization, device=_rounding_device(device))
         self.device = _device(device, source)
         self.dtype = dtype or ("fp32" if self.device.type == "cpu" else dtype_of(source.graph))
         if self.dtype not in DTYPES:
@@ -501,6 +501,13 @@ def _device(device: torch.device | str | None, source: Source) -> torch.device:
     if source.device is not None and source.device.type == "cuda":
         return source.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _rounding_device(device: torch.device | str | None) -> torch.device | None:
+    """Where weights are quantized: on the GPU, if there is one to be used."""
+    if device is None:
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    return torch.device(device) if str(device).startswith("cuda") else None
 
 
 def _prompts(prompts: Any) -> list[Prompt]:

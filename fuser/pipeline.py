@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+import torch
+
 from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
 from fuser.errors import VerificationError
@@ -36,10 +38,12 @@ def canonicalized(graph: Graph, report: Report, note: Progress) -> None:
         canonicalize(graph)
 
 
-def quantization(graph: Graph, choices: Choices, report: Report, note: Progress) -> Graph:
-    """A canonical graph with its weights quantized, one after another."""
+def quantization(
+    graph: Graph, choices: Choices, report: Report, note: Progress, device: torch.device | None = None
+) -> Graph:
+    """A canonical graph with its weights quantized, one after another, on a device or where they are."""
     with stage(report, "quantize", note):
-        return quantized(graph, choices, progress=lambda name: note(f"quantize {name}"))
+        return quantized(graph, choices, device=device, progress=lambda name: note(f"quantize {name}"))
 
 
 def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, *, verify: bool) -> None:

@@ -81,7 +81,9 @@ class Source:
             ) from None
 
 
-def source_of(model: Any, *, verify: bool, note: Progress, choices: Choices | None = None) -> Source:
+def source_of(
+    model: Any, *, verify: bool, note: Progress, choices: Choices | None = None, device: torch.device | None = None
+) -> Source:
     """What a model is, its weights quantized where `choices` says so, and fused; a Source is fused already.
 
     Raises:
@@ -90,7 +92,7 @@ def source_of(model: Any, *, verify: bool, note: Progress, choices: Choices | No
         UsageError: it is none that can be generated with.
     """
     if isinstance(model, Source):
-        return model if choices is None else replace(model, graph=quantized(model.graph, choices))
+        return model if choices is None else replace(model, graph=quantized(model.graph, choices, device=device))
     if isinstance(model, Compiled):
         if choices is not None:
             raise UsageError("a module is quantized before it is compiled: fuser.compile(fuser.quantize(module, ...))")
@@ -102,7 +104,7 @@ def source_of(model: Any, *, verify: bool, note: Progress, choices: Choices | No
             )
         if choices is not None:
             note("quantize")
-            model = quantized(model, choices)
+            model = quantized(model, choices, device=device)
         linked = Pretrained(model, Options(True, "auto", verify, note, is_run=False)).first
         return _of_module(model, linked.graph, linked.report)
     if not isinstance(model, (str, os.PathLike)):
@@ -110,15 +112,17 @@ def source_of(model: Any, *, verify: bool, note: Progress, choices: Choices | No
     path = Path(model)
     if path.is_dir():
         note("read")
-        made = source_of(pretrained(path, None, None), verify=verify, note=note, choices=choices)
+        made = source_of(pretrained(path, None, None), verify=verify, note=note, choices=choices, device=device)
         made.folder, made.device = path, None
         made.config = {**made.config, **_configs(path)}
         return made
-    graph, report = _of_file(path, verify=verify, note=note, choices=choices)
+    graph, report = _of_file(path, verify=verify, note=note, choices=choices, device=device)
     return Source(graph, report, path.parent, _configs(path.parent))
 
 
-def _of_file(path: Path, *, verify: bool, note: Progress, choices: Choices | None) -> tuple[Graph, Report]:
+def _of_file(
+    path: Path, *, verify: bool, note: Progress, choices: Choices | None, device: torch.device | None
+) -> tuple[Graph, Report]:
     """The fused graph of a file; a large one is compared by its rewrites alone: its weights are read once, when placed."""
     report = Report(str(path), "pages")
     with stage(report, "read", note):
@@ -131,7 +135,7 @@ def _of_file(path: Path, *, verify: bool, note: Progress, choices: Choices | Non
     before = steps(graph)
     canonicalized(graph, report, note)
     if choices is not None:
-        graph = quantization(graph, choices, report, note)
+        graph = quantization(graph, choices, report, note, device)
     rewritten(graph, before, report, note, verify=verify)
     report.nodes_after, report.weights_bytes_after = len(graph.nodes), weight_bytes(graph)
     report.verification = Verification(skipped=skipped or "it was not asked for")

@@ -3,6 +3,7 @@
 python -m tests.benchmarks.serving make FOLDER [--shape llama-2-7b]     weights drawn on the device, saved
 python -m tests.benchmarks.serving load FOLDER                          seconds to the first token, peak of memory
 python -m tests.benchmarks.serving steps FOLDER [--batch 1,16,64]       milliseconds a step at context 512
+    [--quantize int4] [--kv-cache int8]                                 of weights, of keys and values
 python -m tests.benchmarks.serving mixed FOLDER                         64 requests of mixed lengths: tokens a second
 python -m tests.benchmarks.serving peers FOLDER                         transformers, eager and with torch.compile
 """
@@ -75,8 +76,9 @@ def load(folder: Path) -> None:
     )
 
 
-def steps(folder: Path, batches: list[int], context: int) -> None:
-    llm, _ = loaded(folder, max_sequences=max(batches), prefix_caching=False, memory_fraction=0.95)
+def steps(folder: Path, batches: list[int], context: int, quantize: str | None, kv_cache: str) -> None:
+    more: dict[str, Any] = {"quantization": quantize, "kv_cache": kv_cache}
+    llm, _ = loaded(folder, **more, max_sequences=max(batches), prefix_caching=False, memory_fraction=0.95)
     throughput.main(llm, batches, context=context, steps=64)
 
 
@@ -142,6 +144,8 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-2-7b", choices=SHAPES)
     parser.add_argument("--batch", default="1,16,64")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--quantize")
+    parser.add_argument("--kv-cache", default="auto")
     given = parser.parse_args()
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
     batches = [int(part) for part in given.batch.split(",")]
@@ -150,7 +154,7 @@ def main() -> None:
     elif given.what == "load":
         load(given.folder)
     elif given.what == "steps":
-        steps(given.folder, batches, given.context)
+        steps(given.folder, batches, given.context, given.quantize, given.kv_cache)
     elif given.what == "mixed":
         mixed(given.folder)
     else:
