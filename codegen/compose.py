@@ -97,6 +97,8 @@ class _Composer:
         self.launches = grouped(graph, "decode")
         self.decode, self.table = decode, table
         self.codes = codes and dtype in EXPONENTS
+        # Whether products write to the cache: not int8, which costs them more than a launch of its own.
+        self.writes = not kv_group
         self.few = decode and tokens <= MOST_TOKENS  # whether products are kernels of few tokens
         nodes = [node for launch in self.launches for node in launch.nodes]
         self.made = Program(dtype, tokens, page, self.tokens, decode, rows, kv_group=kv_group)
@@ -199,7 +201,7 @@ class _Composer:
         return x is not None and shape is not None and len(shape) == 2 and x.row == shape[:1]
 
     def _linear(self, launch: Launch) -> None:
-        found = product_of(launch, self.tokens, few=self.few, writes=self._writes)
+        found = product_of(launch, self.tokens, few=self.few, writes=self.writes)
         node, before = found.main, found.norm
         if self.codes and (format := quantized_of(found.weight)) is not None:
             self._of_codes(launch, found, format)
@@ -243,7 +245,7 @@ class _Composer:
             x = self._norm(before, scaled=True)
             x = self._selection(x, node) if node in self.tail else x
         # Codes are in the order of the kernel of few tokens, whoever reads them.
-        described = self._described(product_of(launch, self.tokens, few=True, writes=self._writes), None, None, {})
+        described = self._described(product_of(launch, self.tokens, few=True, writes=self.writes), None, None, {})
         described = replace(described, format=format, scale_dtype=scale_dtype(found.weight))
         held = {name: Weight(kind, found.weight, product=described) for name, kind in CODES.items()}
         if format.symmetric:
@@ -325,7 +327,7 @@ class _Composer:
 
     def _of_eight_bits(self, launch: Launch, format: Format) -> None:
         """A product of eight bits by a kernel, of few tokens and of many."""
-        found = product_of(launch, self.tokens, few=self.few, writes=self._writes, gates=True)
+        found = product_of(launch, self.tokens, few=self.few, writes=self.writes, gates=True)
         node = found.main
         assert node.inputs[0] is not None
         x, x_scales = self.rounded[node.inputs[0]]
@@ -415,10 +417,6 @@ class _Composer:
         return self.normed[node, scaled]
 
     # Cache and attention
-
-    def _writes(self, write: Node, width: int) -> bool:
-        """Whether the kernel of a product writes to the cache: not codes, which cost it more than a launch of their own."""
-        return not self.made.kv_group
 
     def _rotary(self, write: Node, width: int) -> Rotary:
         past = write.inputs[-2]

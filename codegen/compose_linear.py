@@ -1,6 +1,5 @@
 """What a product takes into its kernel: the norm before it, and bias, activation, gate, residual, cache write after it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
@@ -30,12 +29,10 @@ class Product:
     left: list[Node] = field(default_factory=list)  # what has to follow as launches of their own
 
 
-def product_of(
-    launch: Launch, tokens: Tokens, *, few: bool, writes: Callable[[Node, int], bool], gates: bool = False
-) -> Product:
+def product_of(launch: Launch, tokens: Tokens, *, few: bool, writes: bool, gates: bool = False) -> Product:
     """Reads a launch of the family `linear`; of many tokens, with bias and residual alone, or with `gates` as well.
 
-    `writes`: whether a kernel of so many columns makes what a cache write stores.
+    `writes`: whether kernels of few tokens write to the cache.
     """
     main = next(node for role, node in launch.parts if role == "main")
     weight = main.inputs[1]
@@ -47,7 +44,7 @@ def product_of(
         made.bias = bias.constant
     own = set(launch.nodes)
     taken = {main, *([made.norm] if made.norm is not None else [])}
-    absorbed = few and _takes_write(made, own, taken, tokens, writes)
+    absorbed = few and writes and _takes_write(made, own, taken, tokens)
     absorbed = absorbed or ((few or gates) and _takes_gate(made, own, taken))
     if not absorbed and len(main.outputs) == 1:
         _takes_steps(made, own, taken, tokens, few=few or gates)
@@ -127,17 +124,13 @@ def _takes_gate(made: Product, own: set[Node], taken: set[Node]) -> bool:
     return True
 
 
-def _takes_write(
-    made: Product, own: set[Node], taken: set[Node], tokens: Tokens, writes: Callable[[Node, int], bool]
-) -> bool:
+def _takes_write(made: Product, own: set[Node], taken: set[Node], tokens: Tokens) -> bool:
     """Queries, keys and values side by side; keys and values are read by the cache write alone."""
     parts = made.main.outputs
     write = next(
         (node for node in own if node.domain == FUSER and node.op in ("rotary_cache_write", "cache_write")), None
     )
     if write is None or len(parts) != 3 or made.main.op != "packed_linear":
-        return False
-    if not writes(write, made.weight.shape[1]):
         return False
     has_rotary = write.op == "rotary_cache_write"
     sources = write.inputs[:3] if has_rotary else [None, *write.inputs[:2]]

@@ -148,27 +148,26 @@ def _check_rotary(what: Linear, rotary: Rotary, tiling: Tiling) -> None:
         raise UsageError(
             f"codegen: a norm of heads takes a head of {rotary.head_dim} a program, not {2 * tiling.BLOCK_N}"
         )
-    if rotary.kv_group and (not rotary.group_pairs or tiling.BLOCK_N % rotary.group_pairs):
-        raise UsageError(f"codegen: {tiling.BLOCK_N} pairs of rows hold no whole groups of {rotary.kv_group} channels")
+    if rotary.kv_group:
+        raise UsageError("codegen: int8 keys and values are written by a kernel of their own, not by a projection")
 
 
 def default_tiling(what: Linear) -> Tiling:
     """A tiling that is good without a search: whole rows of W by wide loads, K in parts where there are few rows."""
     pairs = what.pairs or what.rotary is not None  # two rows of W for each of a program's columns
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
-    group = what.rotary.group_pairs if what.rotary is not None and what.rotary.kv_group else 0
-    if what.tokens == 1 and (what.by_input or whole_head or group) and not what.rounds:
-        BLOCK_N, BLOCK_K = whole_head or group or 64, min(power_of_two(what.K), 64)
+    if what.tokens == 1 and (what.by_input or whole_head) and not what.rounds:
+        BLOCK_N, BLOCK_K = whole_head or 64, min(power_of_two(what.K), 64)
         return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K, 400), num_warps=4, num_stages=1)
     if what.tokens == 1 and not what.rounds:
         BLOCK_K = min(power_of_two(what.K), 2048 if pairs else 4096)
         return Tiling(1, BLOCK_K, num_warps=max(BLOCK_K // 512, 1), num_stages=1)
     if what.rounds:
-        BLOCK_N, BLOCK_K, stages = whole_head or max(group, 64), 256 if what.tokens <= 32 else 128, 4
+        BLOCK_N, BLOCK_K, stages = whole_head or 64, 256 if what.tokens <= 32 else 128, 4
     elif what.dtype == "fp32":  # without tensor cores, whose precision is less, operands are held in registers
-        BLOCK_N, BLOCK_K, stages = whole_head or max(group, 16), 32, 4
+        BLOCK_N, BLOCK_K, stages = whole_head or 16, 32, 4
     else:
-        BLOCK_N, BLOCK_K, stages = whole_head or max(group, 64), *((128, 4) if what.tokens <= 32 else (64, 6))
+        BLOCK_N, BLOCK_K, stages = whole_head or 64, *((128, 4) if what.tokens <= 32 else (64, 6))
     BLOCK_K = max(min(power_of_two(what.K), BLOCK_K), 16)
     warps = 8 if whole_head and what.tokens > 32 else 4
     return Tiling(BLOCK_N, BLOCK_K, _splits(what, BLOCK_N, BLOCK_K, 132), num_warps=warps, num_stages=stages)
@@ -235,6 +234,7 @@ class Composition:
         if what.pairs:
             value = f"{what.activation}(gate) * up, (gate, up) = {product}"
         shape = f"[{what.K}, {what.N}]" if what.by_input else f"[{what.N}, {what.K}]"
+        shape += f" as {what.format}" if what.format is not None else ""
         result = "q, k, v" if what.rotary else "y"
         summary = (
             f"{result} = {value}{' + residual' if what.residual else ''} for at most {what.tokens} tokens, W {shape}."

@@ -56,6 +56,7 @@ def halves(v, FACTOR: tl.constexpr{given}):
 '''
     )
     by = ", zero" if not format.symmetric else ""
+    whole, sixteenth = (repr(2.0**power).replace("e+", "e") for power in (shift, shift - 4))
     if format.bits == 4:
         e.part(
             f'''
@@ -65,9 +66,9 @@ def values(words, lowest{given}):
     ROWS: tl.constexpr = words.shape[0]
     J: tl.constexpr = words.shape[1] // 4
     second = lowest << 4  # in their place, 16 times as much
-    a, b = halves(words & lowest, {2.0**shift!r}{by}), halves(words & second, {2.0 ** (shift - 4)!r}{by})
+    a, b = halves(words & lowest, {whole}{by}), halves(words & second, {sixteenth}{by})
     words >>= 8
-    c, d = halves(words & lowest, {2.0**shift!r}{by}), halves(words & second, {2.0 ** (shift - 4)!r}{by})
+    c, d = halves(words & lowest, {whole}{by}), halves(words & second, {sixteenth}{by})
     all = tl.join(tl.join(a, c), tl.join(b, d)).reshape(2, ROWS // 16, 8, 4, J, 2, 2, 2)
     return all.permute(1, 0, 2, 4, 6, 7, 3, 5).reshape(ROWS, 32 * J)
 '''
@@ -80,7 +81,8 @@ def values(words, lowest{given}):
     """Words [rows, 4 J] as (code - zero) * 2^{remains} [rows, 16 J], rows and columns in their order."""
     ROWS: tl.constexpr = words.shape[0]
     J: tl.constexpr = words.shape[1] // 4
-    a, b = halves(words & lowest, {2.0**shift!r}{by}), halves((words >> 8) & lowest, {2.0**shift!r}{by})
+    a = halves(words & lowest, {whole}{by})
+    b = halves((words >> 8) & lowest, {whole}{by})
     all = tl.join(a, b).reshape(2, ROWS // 16, 8, 4, J, 2, 2)
     return all.permute(1, 0, 2, 4, 6, 3, 5).reshape(ROWS, 16 * J)
 '''
@@ -276,7 +278,7 @@ class _Codes:
 
     def arguments(self, tensor: str) -> list[str]:
         """What a launch passes besides."""
-        return [f"NATIVE={tensor}.is_cuda"] if self.looks_up else [hex(HALVES[self.format.bits])]
+        return [f"NATIVE={tensor}.is_cuda"] if self.looks_up else [f"0x{HALVES[self.format.bits]:X}"]
 
 
 def quantized_linear(what: Linear, tiling: Tiling | None = None) -> Kernel:
@@ -291,8 +293,7 @@ def default_tiling(what: Linear) -> Tiling:
     C = columns(what.format)
     steps = -(-what.K // C)
     share = what.N // 2 if what.pairs or what.rotary is not None else what.N
-    group = what.rotary.group_pairs if what.rotary is not None and what.rotary.kv_group else 0
-    BLOCK_N = whole_head or max(group, 64)
+    BLOCK_N = whole_head or 64
     blocks = -(-share // BLOCK_N)
     sides = 2 if what.pairs or what.rotary is not None else 1
     if what.tokens == 1:

@@ -39,24 +39,6 @@ class Rotary:
         """The tensors that hold keys and values."""
         return ["k_cache", "v_cache", *["k_scale", "v_scale"] * bool(self.kv_group)]
 
-    @property
-    def group_pairs(self) -> int:
-        """How many pairs of channels, one after another, hold whole groups of the cache; 0: no number of them does.
-
-        Pairs are those that turn together, as a projection takes them.
-        """
-        D, R = self.head_dim, self.rotary_dim // 2
-        if self.is_group_of_pairs:
-            pairs = self.kv_group // 2
-        else:
-            pairs = self.kv_group if R % self.kv_group == 0 and D // 2 % self.kv_group == 0 else 0
-        return pairs if power_of_two(pairs) == pairs else 0
-
-    @property
-    def is_group_of_pairs(self) -> bool:
-        """Whether both channels of a pair are of one group."""
-        return self.interleaved or self.kv_group == self.head_dim
-
     def kind(self, tensor: str) -> str:
         """The element type of a tensor, as Triton names it."""
         if tensor in ("positions", "slot_mapping", "sequences", "block_table"):
@@ -243,49 +225,14 @@ def rotary_epilogue(e: Emitter, rotary: Rotary, head_norm_eps: float | None, *, 
     if rotary.rotary_dim:
         turned_a, turned_b = _turned(e, rotary, dot=dot)
     kept = f" & (slot >= 0){row}"
-    stored = turned_a, turned_b
-    if rotary.kv_group:
-        _groups_of_pairs(e, rotary, turned_a, turned_b, dot=dot)
-        stored = "codes_of(a, scale_a)", "codes_of(b, scale_b)"
-    for target, first, mask, start, values in (
-        (
-            "y",
-            "",
-            f"is_query{column}{' & m_inside[None, :]' if dot else ''}",
-            f"m{row} * (H * D)",
-            (turned_a, turned_b),
-        ),
-        ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)", stored),
-        ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)", stored),
+    for target, first, mask, start in (
+        ("y", "", f"is_query{column}{' & m_inside[None, :]' if dot else ''}", f"m{row} * (H * D)"),
+        ("k_cache", " - H * D", f"is_key{column}{kept}", f"slot{row} * (G * D)"),
+        ("v_cache", " - (H + G) * D", f"is_value{column}{kept}", f"slot{row} * (G * D)"),
     ):
-        for side, value in zip("ab", values, strict=True):
+        for side, value in (("a", turned_a), ("b", turned_b)):
             channel = f"({side}_row{first}){column}" if first and dot else f"{side}_row{column}{first}"
             e.add(f"tl.store({target} + {start} + {channel}, {value}, mask={mask})")
-    if rotary.kv_group:
-        e.add(f"place = (slot // PAGE * (G * GROUPS * PAGE) + slot % PAGE){row}")
-        for target, first, mask in (("k_scale", "H", "is_key"), ("v_scale", "(H + G)", "is_value")):
-            for side in "a" if rotary.is_group_of_pairs else "ab":  # the first channel of a group stores its scale
-                begins = f"({mask} & ({side}_row % W == 0)){column}{kept}"
-                group = f"({side}_row // W - {first} * GROUPS){column}"
-                e.add(f"tl.store({target} + place + {group} * PAGE, scale_{side}, mask={begins})")
-
-
-def _groups_of_pairs(e: Emitter, rotary: Rotary, turned_a: str, turned_b: str, *, dot: bool) -> None:
-    """The scales of the groups that pairs a and b are of, in the pairs' own arrangement."""
-    e.constant(PAGE=rotary.page, GROUPS=rotary.head_dim // rotary.kv_group, W=rotary.kv_group, PAIRS=rotary.group_pairs)
-    quantizes(e)
-    tile, whole = f"[BLOCK_N // PAIRS, PAIRS{', BLOCK_M' * dot}]", f"[BLOCK_N{', BLOCK_M' * dot}]"
-    e.add(*(f"{side} = {turned}" for side, turned in (("a", turned_a), ("b", turned_b)) if side != turned))
-    bits = {side: f"magnitude({side})" for side in "ab"}
-    if rotary.is_group_of_pairs:
-        bits = {"a": "tl.maximum(magnitude(a), magnitude(b))"}
-    for side, found in bits.items():
-        e.add(
-            f"scale = scale_of(tl.max(tl.reshape({found}, {tile}), 1, keep_dims=True))",
-            f"scale_{side} = tl.reshape(tl.broadcast_to(scale, {tile}), {whole})",
-        )
-    if rotary.is_group_of_pairs:
-        e.add("scale_b = scale_a")
 
 
 def _turned(e: Emitter, rotary: Rotary, *, dot: bool) -> tuple[str, str]:

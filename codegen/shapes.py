@@ -23,12 +23,15 @@ class Shape:
     def linears(
         self, tokens: int, dtype: str = "bf16", kv_group: int = 0, format: Format | None = None
     ) -> Iterator[tuple[str, Linear]]:
-        """The products of a decode step, as they are launched."""
-        rotary = Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype, kv_group=kv_group)
+        """The products of a decode step, as they are launched: with `kv_group`, keys and values are written by another one."""
+        rotary = None if kv_group else Rotary(self.H, self.G, self.Dh, self.Dh, dtype=dtype)
         width = (self.H + 2 * self.G) * self.Dh
         norm: dict[str, Any] = {} if format is not None else {"norm": "rms", "norm_eps": 1e-5}
         before = "norm+" if norm else ""
-        yield f"{before}qkv+rotary", Linear(width, self.D, tokens, dtype, rotary=rotary, format=format, **norm)
+        yield (
+            f"{before}qkv{'+rotary' if rotary else ''}",
+            Linear(width, self.D, tokens, dtype, rotary=rotary, format=format, **norm),
+        )
         yield "o+residual", Linear(self.D, self.H * self.Dh, tokens, dtype, residual=True, format=format)
         gate_up = Linear(2 * self.F, self.D, tokens, dtype, activation="silu", format=format, **norm)
         yield f"{before}gate_up+silu", gate_up

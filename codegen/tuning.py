@@ -173,11 +173,10 @@ def _tilings_of_eight_bits(whole_head: int) -> Iterator[Tiling]:
 
 def _tilings(what: Linear) -> Iterator[Tiling]:
     whole_head = what.rotary.head_dim // 2 if what.rotary is not None and what.head_norm_eps is not None else 0
-    group = what.rotary.group_pairs if what.rotary is not None and what.rotary.kv_group else 0
     if what.format is not None:
         yield from _tilings_of_eight_bits(whole_head) if what.rounds else _tilings_of_codes(what, whole_head)
         return
-    if what.tokens == 1 and not whole_head and not group:
+    if what.tokens == 1 and not whole_head:
         for rows in (1, 2, 4):
             for columns, warps in (
                 (512, 1),
@@ -194,7 +193,7 @@ def _tilings(what: Linear) -> Iterator[Tiling]:
         return
     if what.tokens == 1:
         for columns, parts, warps in ((64, 8, 4), (64, 4, 4), (128, 8, 8), (32, 8, 4), (64, 16, 4)):
-            yield Tiling(whole_head or group, columns, parts, warps, 1)
+            yield Tiling(whole_head, columns, parts, warps, 1)
         return
     for rows, columns, parts, warps, stages in (
         (64, 128, 1, 4, 4), (64, 128, 2, 4, 4), (64, 64, 1, 4, 6), (64, 64, 2, 4, 6), (64, 64, 1, 4, 8), (64, 128, 4, 4, 4),
@@ -202,7 +201,7 @@ def _tilings(what: Linear) -> Iterator[Tiling]:
         (64, 256, 1, 8, 3), (64, 256, 2, 8, 3), (128, 64, 1, 4, 5), (128, 64, 2, 4, 5), (128, 128, 2, 8, 3), (64, 128, 3, 4, 4),
         (64, 128, 1, 8, 4), (64, 128, 1, 4, 5),
     ):  # fmt: skip
-        if rows == whole_head or (not whole_head and rows % (group or 1) == 0):
+        if rows == whole_head or not whole_head:
             yield Tiling(rows, columns, parts, warps, stages)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from triton.compiler import ASTSource
 
 from fuser import importer, patterns
 from fuser.canonicalize import canonicalize
-from fuser.codegen import attention, cache, embedding, matmul, rotary, sampling
+from fuser.codegen import attention, cache, embedding, matmul, quantized, rotary, rounding, sampling
 from fuser.codegen.compose import compose
 from fuser.codegen.elementwise import elementwise, gate, norm
 from fuser.codegen.kernel import Kernel
 from fuser.codegen.linear import Linear, linear
 from fuser.codegen.shapes import SHAPES
+from fuser.formats import format_of
 from fuser.rewriting import rewrite
 
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of shared memory that a block may have
@@ -41,6 +43,28 @@ def linears(tokens: int) -> Iterator[tuple[str, Linear]]:
     yield "[K, N] layer norm", Linear(4096, 4096, tokens, by_input=True, bias=True, norm="layer", norm_eps=1e-5)
     yield "fp16", Linear(22016, 4096, dtype="fp16", activation="silu", **norm)
     yield "fp32", Linear(4096, 4096, dtype="fp32", **norm)
+
+
+def codes() -> Iterator[tuple[str, Kernel]]:
+    """Products with quantized weights, and what goes before them."""
+    shape = SHAPES["llama-2-7b"]
+    for name in ("int4", "int4:32:asymmetric", "int8", "nf4"):
+        format = format_of(name)
+        for tokens in (1, 16, 64):
+            for work, what in shape.linears(tokens, format=format):
+                kernel = quantized.quantized_linear(what)
+                if "NATIVE" in kernel.constants:
+                    kernel = replace(kernel, constants={**kernel.constants, "NATIVE": True})
+                yield f"{work} {name} M{tokens}", kernel
+        for _, what in list(shape.linears(1, format=format))[:2]:
+            yield f"dequantize {name} {what.K}x{what.N}", quantized.dequantize(quantized.Dequantize(what))
+    for tokens in (1, 16, 64):
+        for work, what in shape.linears(tokens, format=format_of("w8a8")):
+            yield f"{work} w8a8 M{tokens}", linear(what)
+    for tokens in (256, 4096):
+        large = matmul.Matmul(22016, 4096, activation="silu", gated=True, kind="int8")
+        yield f"matmul w8a8 M{tokens}", matmul.matmul(large, matmul.default_tiles(large, tokens))
+    yield "rounding", rounding.rounding(rounding.Rounding(4096, "int8", norm="rms", norm_eps=1e-5, weight=True))
 
 
 def demo() -> Iterator[tuple[str, Kernel]]:
@@ -64,6 +88,7 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
     for activation in ("silu", "gelu", "gelu_tanh"):
         yield f"gate {activation} 11008", elementwise(gate(11008, activation=activation))
     yield from demo()
+    yield from codes()
     yield "embedding", embedding.embedding(embedding.Embedding(4096, (128256,)))
     for k in (1, 50, 256):
         yield f"top {k}", sampling.top(sampling.Top(128256, k))
@@ -93,9 +118,6 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         yield f"prefill {name} {heads}/{kv_heads} {D} {dtype}", attention.prefill(what)
         what_r = rotary.Rotary(heads, kv_heads, D, D, dtype=dtype, kv_group=group)
         yield f"rotary {name} {heads}/{kv_heads} {D} {dtype}", rotary.rotary_cache_write(what_r)
-        for tokens in (1, 16, 64) if what_r.group_pairs else ():
-            stored = Linear((heads + 2 * kv_heads) * D, 4096, tokens, dtype, norm="rms", norm_eps=1e-5, rotary=what_r)
-            yield f"norm+qkv+rotary {name} {heads}/{kv_heads} {D} {dtype} M{tokens}", linear(stored)
     capped = attention.Attention(16, 8, 256, 0.0625, 16, window=4096, softcap=50.0, alibi=True)
     sunk = attention.Attention(64, 8, 64, 0.125, 16, window=128, sinks=True)
     yield "decode window sinks", attention.decode(sunk, splits=4)

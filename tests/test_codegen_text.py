@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fuser.codegen import attention, embedding, linear, matmul, rotary, sampling
+from fuser.codegen import attention, embedding, linear, matmul, quantized, rotary, rounding, sampling
 from fuser.codegen.elementwise import elementwise, gate, norm
 from fuser.codegen.kernel import Kernel
+from fuser.formats import format_of
 
 GOLDEN = Path(__file__).parent / "emitted"
 
@@ -25,6 +26,8 @@ def kernels() -> dict[str, Kernel]:
     turning = rotary.Rotary(32, 8, 128, 128)
     qkv = linear.Linear(6144, 4096, norm="rms", norm_eps=1e-6, rotary=turning, head_norm_eps=1e-6)
     stored = rotary.Rotary(32, 8, 128, 128, kv_group=64)
+    codes = linear.Linear(22016, 4096, tokens=16, activation="silu", format=format_of("int4"))
+    eights = linear.Linear(6144, 4096, rotary=turning, format=format_of("int8:64:asymmetric"))
     return {
         "skip_rms_norm": elementwise(norm("rms", 4096, eps=1e-5, skip=True)),
         "layer_norm": elementwise(norm("layer", 2560, eps=1e-12, bias=True)),
@@ -38,7 +41,11 @@ def kernels() -> dict[str, Kernel]:
         "draw": sampling.draw(50),
         "rotary_cache_write": rotary.rotary_cache_write(turning),
         "rotary_cache_write_int8": rotary.rotary_cache_write(stored),
-        "linear_rotary_int8": linear.linear(linear.Linear(6144, 4096, tokens=16, rotary=stored)),
+        "linear_int4_gate_up": quantized.quantized_linear(codes),
+        "linear_nf4_parts": quantized.quantized_linear(linear.Linear(4096, 4096, format=format_of("nf4"))),
+        "linear_w8a8": linear.linear(linear.Linear(4096, 4096, tokens=16, residual=True, format=format_of("w8a8"))),
+        "dequantize_int8": quantized.dequantize(quantized.Dequantize(eights)),
+        "rounding_rms_norm": rounding.rounding(rounding.Rounding(4096, "int8", norm="rms", norm_eps=1e-5, weight=True)),
         "paged_decode_int8": attention.decode(int8),
         "paged_decode_parts": attention.decode(attend, splits=8),
         "paged_prefill_extras": attention.prefill(extras),

@@ -87,11 +87,12 @@ def kernel(
     a = tl.zeros([BLOCK_N], tl.float32)
     b = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([1], tl.float32)
-    for part in range(SPLITS):
-        other = block + part * (2 * BLOCK_N + 1)
-        a += tl.load(other + inner, cache_modifier=".cg")
-        b += tl.load(other + BLOCK_N + inner, cache_modifier=".cg")
-        squares += tl.load(other + 2 * BLOCK_N + one, cache_modifier=".cg")
+    for first in range(0, SPLITS, 8):
+        for part in tl.static_range(8):  # all on their way before the first is added
+            other = block + (first + part) * (2 * BLOCK_N + 1)
+            a += tl.load(other + inner, cache_modifier=".cg")
+            b += tl.load(other + BLOCK_N + inner, cache_modifier=".cg")
+            squares += tl.load(other + 2 * BLOCK_N + one, cache_modifier=".cg")
     inverse = tl.rsqrt(squares / K + EPS)
     a *= inverse
     b *= inverse

@@ -48,10 +48,10 @@ def kernel(
         )
         out = tl.dot(out_tile, tokens_tile, out)
     # Every part leaves its sums; the last to arrive adds them in order.
-    inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+    inner = m[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     block = partial + tl.program_id(0).to(tl.int64) * (SPLITS * (1 * BLOCK_N * BLOCK_M))
     own = block + tl.program_id(1) * (1 * BLOCK_N * BLOCK_M)
-    tl.store(own + inner, out)
+    tl.store(own + inner, out, mask=m_inside[None, :])
     tl.debug_barrier()  # the counter follows what all threads stored
     before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel")
     if before != SPLITS - 1:
@@ -59,9 +59,10 @@ def kernel(
     tl.debug_barrier()
     tl.store(arrived + tl.program_id(0), 0)  # ready for the next launch
     out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for part in range(SPLITS):
-        other = block + part * (1 * BLOCK_N * BLOCK_M)
-        out += tl.load(other + inner, cache_modifier=".cg")
+    for first in range(0, SPLITS, 2):
+        for part in tl.static_range(2):  # all on their way before the first is added
+            other = block + (first + part) * (1 * BLOCK_N * BLOCK_M)
+            out += tl.load(other + inner, mask=m_inside[None, :], other=0.0, cache_modifier=".cg")
     # Epilogue.
     out += tl.load(residual + m[None, :] * N + n[:, None], mask=m_inside[None, :]).to(tl.float32)
     tl.store(y + m[None, :] * N + n[:, None], out, mask=m_inside[None, :])
