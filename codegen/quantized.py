@@ -131,7 +131,8 @@ def _levels(e: Emitter, dtype: str) -> None:
     ]
     e.constant(NATIVE=False)
     e.part(f'LOOK_UP = tl.constexpr("""\n{chr(10).join(asm)}\n""")')
-    plain = "\n".join(f"    found = tl.where(code == {i}, {value}, found)" for i, value in enumerate(bits) if value)
+    *others, last = [f"tl.where(code == {i}, {value}, found)" for i, value in enumerate(bits) if value]
+    plain = "\n".join([*(f"    found = {choice}" for choice in others), f"    return {last}"])
     e.part(
         f'''
 @triton.jit
@@ -140,7 +141,6 @@ def level(words, PLACE: tl.constexpr):
     code = (words >> (4 * PLACE)) & 15
     found = tl.zeros(words.shape, tl.int32)
 {plain}
-    return found
 '''
     )
     e.part(

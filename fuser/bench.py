@@ -6,7 +6,7 @@ torch.compile of all the work of the launch but the cache.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from fuser.codegen.matmul import Matmul, matmul
 from fuser.codegen.rotary import Rotary
 from fuser.codegen.shapes import SHAPES
 from fuser.codegen.tuning import Problem, Table, table_of
+from fuser.formats import format_of
 from fuser.trials import (
     Trial,
     attention_trial,
@@ -40,6 +41,7 @@ HEADER = (
     f"{'error':>8}  configuration"
 )
 LAYERS = 32
+FORMATS = ("int4", "nf4", "int8", "w8a8")
 DECODE = (
     ((32, 32), 1, 512, 16), ((32, 32), 64, 512, 16), ((32, 32), 64, 512, 64), ((32, 8), 64, 4096, 16),
     ((32, 8), 1, 4096, 16), ((32, 8), 1, 32768, 16), ((32, 32), 16, 4096, 16),
@@ -70,6 +72,13 @@ def works(table: Table) -> Iterator[Work]:
     for tokens in (1, 16, 64):
         for name, what in SHAPES["llama-2-7b"].linears(tokens):
             yield chosen(f"M{tokens} {name} {what.K}x{what.N}", Problem(what), linear_trial(what))
+    for format in map(format_of, FORMATS):
+        for tokens in (1, 16, 64):
+            for name, what in SHAPES["llama-2-7b"].linears(tokens, format=format):
+                plain = replace(what, rotary=None, residual=False, activation=None)  # for comparison with others
+                for told, kind in ((name, what), (f"{what.K}x{what.N} alone", plain)):
+                    told = told if kind is plain else f"{told} {what.K}x{what.N}"
+                    yield chosen(f"M{tokens} {format} {told}", Problem(kind), linear_trial(kind))
     for (H, G), B, T, page in DECODE:
         attend = Attention(H, G, 128, 128**-0.5, page)
         trial = attention_trial(attend, B, T, decode=True)

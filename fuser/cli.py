@@ -196,6 +196,9 @@ Dims = Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="Fix a na
 KvCache = Annotated[
     str, typer.Option(help="Element type of keys and values: auto (that of dtype), int8, or int8:GROUP (32, 64, 128).")
 ]
+Weights = Annotated[
+    str | None, typer.Option("--quantize", help="Quantize weights: int8, int4, int4:64, nf4, w8a8, fp8, ...")
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of internal errors.")]
 
 
@@ -335,6 +338,9 @@ def tune(
     tokens: Annotated[str, typer.Option(help="Tokens of the decode steps.")] = "1,16,64",
     dtype: Annotated[str, typer.Option(help="Element type: bf16, fp16 or fp32.")] = "bf16",
     kv_cache: KvCache = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="Of --shapes: formats of weights, as int4,nf4; none for those as they are.")
+    ] = "none,int4,nf4,int8,w8a8",
     seconds: Annotated[float, typer.Option(help="The time that may be taken.")] = 300.0,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
     verbose: Verbose = False,
@@ -346,11 +352,13 @@ def tune(
     with _failing(quiet=quiet, verbose=verbose) as (console, progress):
         from fuser import tuning
         from fuser.codegen.kv_groups import kv_group_of
+        from fuser.formats import format_of
 
         counts = _counts(tokens)
         if model is None:
             group = kv_group_of(kv_cache, dtype)
-            problems = tuning.standard(counts, dtype, [name.strip() for name in shapes.split(",")], group)
+            formats = [None if name == "none" else format_of(name) for name in quantize.split(",")]
+            problems = tuning.standard(counts, dtype, [name.strip() for name in shapes.split(",")], group, formats)
         else:
             from fuser import api
 
@@ -377,6 +385,7 @@ def bench(
         str | None, typer.Option(help="Of a model: where it runs; by default a GPU that is there.")
     ] = None,
     kv_cache: KvCache = "auto",
+    quantize: Weights = None,
     only: Annotated[str, typer.Option(help="Of kernels: only what has this in its name.")] = "",
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Of kernels: measure torch.compile too.")
@@ -404,8 +413,8 @@ def bench(
 
         batches = _counts(batch, "--batch", 1024)
         llm = LLM(
-            model, dtype=dtype, device=device, kv_cache=kv_cache, max_sequences=max(batches), prefix_caching=False,
-            progress=progress,
+            model, dtype=dtype, device=device, kv_cache=kv_cache, quantization=quantize, max_sequences=max(batches),
+            prefix_caching=False, progress=progress,
         )  # fmt: skip
         progress.stop()
         throughput.main(llm, batches, context=context, steps=steps, as_json=as_json)
@@ -432,6 +441,7 @@ def generate(
         str | None, typer.Option(help="Where it runs; by default a GPU that is there, else the CPU.")
     ] = None,
     kv_cache: KvCache = "auto",
+    quantize: Weights = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Say on stderr how long it took, and what the cache held.")
     ] = False,
@@ -460,7 +470,9 @@ def generate(
             stop=stop or (),
             n=n,
         )
-        llm = LLM(model, dtype=dtype, device=device, kv_cache=kv_cache, progress=progress)
+        llm = LLM(
+            model, dtype=dtype, device=device, kv_cache=kv_cache, quantization=quantize, progress=progress
+        )  # fmt: skip
         progress.stop()
         say = (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True))
         found = generating.generate(llm, prompts, params, say)

@@ -60,8 +60,7 @@ def level(words, PLACE: tl.constexpr):
     found = tl.where(code == 12, 16098, found)
     found = tl.where(code == 13, 16144, found)
     found = tl.where(code == 14, 16185, found)
-    found = tl.where(code == 15, 16256, found)
-    return found
+    return tl.where(code == 15, 16256, found)
 
 
 @triton.jit
