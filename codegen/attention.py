@@ -63,9 +63,10 @@ def decode(
     BLOCK_M = max(power_of_two(what.group), 16)
     many = BLOCK_M >= 64  # rows, whose sums and scores must fit the registers
     by_add = what.kv_group and what.dtype == "fp32"  # products of two operands in registers
-    BLOCK_T = BLOCK_T or (32 if what.kv_group and not many and not by_add else 16)
+    wide = bool(what.kv_group) and not many and not by_add
+    BLOCK_T = BLOCK_T or (32 if wide else 16)
     num_warps = num_warps or (
-        8 if many else (8 if what.head_dim > 128 else 4) if by_add else 2 if what.head_dim > 128 else 1
+        8 if many else (8 if what.head_dim > 128 else 4) if by_add else 2 if wide or what.head_dim > 128 else 1
     )
     return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
 

@@ -6,7 +6,7 @@ torch.compile of all the work of the launch but the cache.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -75,10 +75,7 @@ def works(table: Table) -> Iterator[Work]:
     for format in map(format_of, FORMATS):
         for tokens in (1, 16, 64):
             for name, what in SHAPES["llama-2-7b"].linears(tokens, format=format):
-                plain = replace(what, rotary=None, residual=False, activation=None)  # for comparison with others
-                for told, kind in ((name, what), (f"{what.K}x{what.N} alone", plain)):
-                    told = told if kind is plain else f"{told} {what.K}x{what.N}"
-                    yield chosen(f"M{tokens} {format} {told}", Problem(kind), linear_trial(kind))
+                yield chosen(f"M{tokens} {format} {name} {what.K}x{what.N}", Problem(what), linear_trial(what))
     for (H, G), B, T, page in DECODE:
         attend = Attention(H, G, 128, 128**-0.5, page)
         trial = attention_trial(attend, B, T, decode=True)

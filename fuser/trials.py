@@ -24,6 +24,7 @@ from fuser.runtime.packing import packed
 
 SETS_BYTES = 300 << 20  # that inputs rotate through: several times any cache
 MOST_SETS = 40
+BF16_SETS = 8  # of a weight that a kernel reads as codes, for others
 DRAWN = True  # whether inputs hold random numbers; to compile a kernel they need not
 LAUNCHES = 20  # of one graph, at least
 REPLAYS = 12  # of which the first two do not count
@@ -148,7 +149,9 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
         shared |= _rotary_tensors(what.rotary, M, drawn)
         shared |= {f"{name}_norm_weight": drawn(what.rotary.head_dim) for name in "qk"}
     moved = drawn.size * M * (what.K + what.width * (1 + what.residual))
-    made, weights = [], []
+    made: list[list[Any]] = []
+    weights: list[Tensor] = []
+    exact: Tensor | None = None  # where it is not of the kernel's type
     x_whole = shared["x"]
     if what.rounds and what.format is not None:
         shared["x"], scales = quantize_activations(x_whole, what.format.kind)
@@ -161,7 +164,8 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
             [(shared | {name: x.clone() for name, x in given.items()})[name] for name in what.tensors]
             for _ in range(sets or _count(size))
         ]
-        weights, moved = [whole_weight] * len(made), moved + size
+        exact, moved = whole_weight, moved + size
+        weights = [whole_weight.to(DTYPES[what.dtype]) for _ in range(min(len(made), BF16_SETS))]
     else:
         moved += drawn.size * what.N * what.K
     for _ in range(0 if made else sets or _count(what.N * what.K * drawn.size)):
@@ -181,7 +185,7 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
 
     def expected() -> list[Tensor]:
         x = x_whole if not what.rounds else shared["x"].double() * shared["x_scales"].double()[:, None]
-        h = whole(x.double(), weights[0].double())
+        h = whole(x.double(), (weights[0] if exact is None else exact).double())
         if what.rotary is None:
             return [h]
         heads = what.rotary.heads, what.rotary.kv_heads, what.rotary.kv_heads
@@ -197,8 +201,8 @@ def linear_trial(what: Linear, sets: int | None = None) -> Trial:
 
     compiled = torch.compile(whole)
     peers: dict[str, Call] = {
-        "torch": lambda i: functional.linear(x_whole, weights[i].to(x_whole.dtype)),
-        "compiled": lambda i: compiled(x_whole, weights[i].to(x_whole.dtype)),
+        "torch": lambda i: functional.linear(x_whole, weights[i % len(weights)]),
+        "compiled": lambda i: compiled(x_whole, weights[i % len(weights)]),
     }
     results = [shared["y"]] + (_written(what.rotary, shared, M) if what.rotary is not None else [])
     return Trial(what, moved, 2 * M * what.N * what.K, made, results, expected, peers)

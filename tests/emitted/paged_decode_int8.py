@@ -212,7 +212,7 @@ def launch(q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens, y, 
             block_table.stride(0),
             WIDE=k_cache.numel() >= 2**31,
             PACKED=not triton.knobs.runtime.interpret,
-            num_warps=1,
+            num_warps=2,
             num_stages=8,
             **(OVERLAPPED if pdl else {}),
         )
