@@ -251,11 +251,7 @@ class _Composer:
         if format.symmetric:
             del held["zeros"]
         tensors: dict[str, Argument] = {"x": x, **held}
-        bias = self._bias(found, Weight("linear", found.weight), None)
-        if bias is not None:
-            tensors["bias"] = bias
-        if found.residual is not None:
-            tensors["residual"] = self._whole(found.residual, node)
+        tensors |= self._added(found)
         if self.few:
             self._small(found, tensors, None, None, format)
         else:
@@ -267,6 +263,15 @@ class _Composer:
             what = tuple(name for name in ("x", "weight", "bias", "residual", "y") if name in tensors)
             self.made.steps.append(Step("product", [tensors[name] for name in what], launch.origin, what=what))
         self._nodes(found.left)
+
+    def _added(self, found: Product) -> dict[str, Argument]:
+        """The bias and the residual of a product that takes no norm."""
+        added: dict[str, Argument] = {}
+        if found.bias is not None:
+            added["bias"] = Weight("bias", found.bias)
+        if found.residual is not None:
+            added["residual"] = self._whole(found.residual, found.main)
+        return added
 
     def _is_rounding(self, node: Node) -> bool:
         """Whether all that read a node's rounded rows are products of eight bits."""
@@ -335,11 +340,7 @@ class _Composer:
             "x": x, "x_scales": x_scales,
             "weight": Weight("eights", found.weight), "scales": Weight("row_scales", found.weight),
         }  # fmt: skip
-        bias = self._bias(found, Weight("linear", found.weight), None)
-        if bias is not None:
-            tensors["bias"] = bias
-        if found.residual is not None:
-            tensors["residual"] = self._whole(found.residual, node)
+        tensors |= self._added(found)
         if self.few:
             self._small(found, tensors, None, None, format)
         else:
