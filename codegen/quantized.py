@@ -293,9 +293,9 @@ def default_tiling(what: Linear) -> Tiling:
     C = columns(what.format)
     steps = -(-what.K // C)
     share = what.N // 2 if what.pairs or what.rotary is not None else what.N
-    BLOCK_N = whole_head or 64
-    blocks = -(-share // BLOCK_N)
     sides = 2 if what.pairs or what.rotary is not None else 1
+    BLOCK_N = whole_head or (32 if sides == 2 and what.tokens > 32 else 64)  # whose sums the registers hold
+    blocks = -(-share // BLOCK_N)
     if what.tokens == 1:
         held = max(256 // C // sides, 1)  # steps of a part
         return Tiling(BLOCK_N, C, _parts_of(steps, held), 4, 1)

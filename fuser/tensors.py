@@ -12,6 +12,8 @@ from fuser.constants import Array, Constant, Joined, Transposed
 from fuser.dtypes import DType
 from fuser.errors import InputError, UnsupportedOperator
 
+FLOATS8 = {torch.float8_e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn)}
+
 
 @dataclass(eq=False)
 class Held(Constant):
@@ -41,6 +43,9 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return array
+    if tensor.dtype in FLOATS8:
+        eights: np.ndarray = tensor.view(torch.uint8).numpy().view(FLOATS8[tensor.dtype])
+        return eights
     found: np.ndarray = tensor.numpy()
     return found
 
@@ -49,6 +54,9 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     """A torch tensor of a numpy array's elements; bfloat16 included."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16).copy()).view(torch.bfloat16)
+    for dtype, kind in FLOATS8.items():
+        if array.dtype == kind:
+            return torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).copy()).view(dtype)
     try:
         return torch.from_numpy(np.array(array))
     except TypeError:

@@ -61,9 +61,10 @@ def codes() -> Iterator[tuple[str, Kernel]]:
     for tokens in (16, 64):
         for work, what in shape.linears(tokens, format=format_of("w8a8")):
             yield f"{work} w8a8 M{tokens}", linear(what)
-    for tokens in (256, 4096):
-        large = matmul.Matmul(22016, 4096, activation="silu", gated=True, kind="int8")
-        yield f"matmul w8a8 M{tokens}", matmul.matmul(large, matmul.default_tiles(large, tokens))
+    gated = matmul.Matmul(22016, 4096, activation="silu", gated=True, kind="int8")
+    yield "matmul w8a8 gated M256", matmul.matmul(gated, matmul.default_tiles(gated, 256))
+    plain = matmul.Matmul(12288, 4096, kind="int8")
+    yield "matmul w8a8 M4096", matmul.matmul(plain, matmul.default_tiles(plain, 4096))
     yield "rounding", rounding.rounding(rounding.Rounding(4096, "int8", norm="rms", norm_eps=1e-5, weight=True))
 
 

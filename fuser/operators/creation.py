@@ -105,12 +105,18 @@ def arange(
     return (int(first) + torch.arange(count, device=start.device) * int(step)).to(start.dtype)
 
 
+def _e4m3(x: Tensor, saturate: int) -> Tensor:
+    if not saturate:
+        raise UnsupportedOperator("casts to E4M3 that do not saturate are not known")
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return x.clamp(-most, most).to(torch.float8_e4m3fn)
+
+
 @operator("Cast")
 def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up", float_dtype: torch.dtype | None) -> Tensor:
     """`saturate` and `round_mode` concern float8 targets only, of which the table has E4M3."""
     if to == DType.FLOAT8_E4M3FN.onnx:
-        most = torch.finfo(torch.float8_e4m3fn).max
-        return (x.clamp(-most, most) if saturate else x).to(torch.float8_e4m3fn)
+        return _e4m3(x, saturate)
     return x.to(dtype_of(to, float_dtype))
 
 
@@ -118,4 +124,6 @@ def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up", float
 def cast_like(
     x: Tensor, target_type: Tensor, *, saturate: int = 1, round_mode: str = "up", float_dtype: torch.dtype | None
 ) -> Tensor:
+    if target_type.dtype == torch.float8_e4m3fn:
+        return _e4m3(x, saturate)
     return x.to(_floating(target_type.dtype, float_dtype))
