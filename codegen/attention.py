@@ -66,7 +66,13 @@ def decode(
     wide = bool(what.kv_group) and not many and not by_add
     BLOCK_T = BLOCK_T or (32 if wide else 16)
     num_warps = num_warps or (
-        8 if many else (8 if what.head_dim > 128 else 4) if by_add else 2 if wide or what.head_dim > 128 else 1
+        8
+        if many
+        else (8 if what.head_dim > 128 else 4)
+        if by_add
+        else 2
+        if (wide and what.kv_group > 32) or what.head_dim > 128
+        else 1
     )
     return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
 

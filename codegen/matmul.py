@@ -121,7 +121,7 @@ def default_tiles(what: Matmul, tokens: int = 4096) -> Tiles:
             return Tiles(BLOCK_N=64, BLOCK_K=128) if tokens <= 512 else Tiles(BLOCK_K=128)
         if -(-tokens // 128) * -(-what.N // 128) < SMALL:
             return Tiles(64, 64, 128, num_warps=4, num_stages=5)
-        return Tiles(BLOCK_K=128, num_warps=4)
+        return Tiles(BLOCK_K=128)
     return Tiles(BLOCK_N=64) if what.gated else Tiles(num_stages=4)
 
 
