@@ -19,8 +19,10 @@ from fuser.codegen.attention import Attention
 from fuser.codegen.compose import compose
 from fuser.codegen.linear import Linear
 from fuser.codegen.rotary import Rotary
+from fuser.codegen.shapes import SHAPES
 from fuser.codegen.tuning import Choice, Problem, Table, record, table_of, user_file
 from fuser.errors import UsageError
+from fuser.formats import format_of
 from tests.test_stepper import fused
 
 GPU = "Some GPU 80GB"
@@ -204,6 +206,15 @@ def test_a_shipped_table_is_found() -> None:
     table = table_of("NVIDIA H100 80GB HBM3")
     problems = tuning.standard([1, 16, 64], "bf16", ["llama-2-7b", "llama-3-8b"])
     assert len(table.entries) > 40 and all(table.chosen(problem) is not None for problem in problems)
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4", "int8", "w8a8"])
+def test_a_shipped_table_has_quantized_products(format: str) -> None:
+    """Every choice still fits what may be chosen: one that does not would be passed over in silence."""
+    table, shape = table_of("NVIDIA H200"), SHAPES["llama-2-7b"]
+    for tokens in (1, 16, 64):
+        for _, what in shape.linears(tokens, format=format_of(format)):
+            assert table.chosen(Problem(what)) is not None
 
 
 def test_the_command_wants_a_gpu_and_known_shapes() -> None:
