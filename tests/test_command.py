@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import fuser
 from fuser import api, cli, exporter, pipeline, verification
+from fuser.cli import console
 from tests import models, zoo
 from tests.models import one
 
@@ -431,7 +432,7 @@ def test_model_that_the_check_cannot_run(tmp_path: Path) -> None:
 
 
 def test_progress_names_slow_stages(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.05)
     real = verification.compare
 
     def slow(*arguments: Any) -> Any:

@@ -1,0 +1,5 @@
+"""`python -m fuser.cli`."""
+
+from fuser.cli import main
+
+main()
