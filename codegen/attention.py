@@ -48,8 +48,9 @@ class Attention:
 
 
 def decode(
-    what: Attention, *, splits: int = 1, BLOCK_T: int | None = None, num_warps: int | None = None, num_stages: int = 8
-) -> Kernel:
+    what: Attention, *, splits: int = 1, BLOCK_T: int | None = None, num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> Kernel:  # fmt: skip
     """The kernel of `what` for one query a sequence, its keys in `splits` parts.
 
     launch(q, k_cache, v_cache, [k_scale, v_scale,] block_table, context_lens, [slopes,] [sinks,] y[, partial, arrived]):
@@ -71,10 +72,10 @@ def decode(
         else (8 if what.head_dim > 128 else 4)
         if by_add
         else 2
-        if (wide and what.kv_group > 32) or what.head_dim > 128
+        if (wide and BLOCK_M > 16) or what.head_dim > 128
         else 1
     )
-    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages).kernel()
+    return _Composition(what, BLOCK_M, BLOCK_T, splits, num_warps, num_stages or (6 if wide else 8)).kernel()
 
 
 def default_splits(what: Attention, sequences: int, tokens: int) -> int:
@@ -301,6 +302,8 @@ class _Composition:
         if self.pages is None:
             e.add("acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)")
         e.add("table = block_table + sequence.to(tl.int64) * table_stride")
+        if self.pages is not None:
+            self.pages.first_scales(self._page_of("start", 0), self._page_of("start", 1))
         if what.window:
             self._steps("start", "last", masked=True)
             return
@@ -308,6 +311,11 @@ class _Composition:
             e.add("whole = start + tl.maximum(last - start, 0) // BLOCK_T * BLOCK_T")
         self._steps("start", "whole", masked=False)
         self._steps("whole", "last", masked=True)
+
+    def _page_of(self, step: str, ahead: int) -> str:
+        """The pages of keys so many steps after those of `t`, which begin at `step`; page 0 past the last key."""
+        key = (step if self.whole_pages else "t") + ("", " + BLOCK_T", " + 2 * BLOCK_T")[ahead]
+        return f"tl.load(table + {f'({key})' if ahead else key} // PAGE, mask={key} < last, other=0)"
 
     def _steps(self, start: str, stop: str, *, masked: bool) -> None:
         """A loop over keys; where every row sees every key of a step, nothing is masked."""
@@ -328,6 +336,7 @@ class _Composition:
             scale, row_scale = "SCALE", "SCALE"
             if self.pages is not None:
                 self.pages.load(offset, masked=masked)
+                self.pages.next_scales(self._page_of("step", 2), masked=masked)
                 self.pages.scores()
                 scale, row_scale = self.pages.scales
                 e.add(*[f"scores *= {scale}"] * is_scaled)

@@ -84,7 +84,7 @@ class Int8Pages:
         return ("row_scale[:, None]", "row_scale") if self.dtype == "bf16" else ("SCALE", "SCALE")
 
     def load(self, offset: str, *, masked: bool) -> None:
-        """Codes, as pairs, and scales of a step's keys and values, of `block`, at `offset` of their page."""
+        """Codes, as pairs, of a step's keys and values, of `block`, at `offset` of their page."""
         e = self.emitter
         inside = ["t_inside[:, None]"] * masked + ["(pair < PAIRS)[None, :]"] * self.padded
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
@@ -92,16 +92,39 @@ class Int8Pages:
             "block = block.to(tl.int64) if WIDE else block",
             f"offset = {offset}",
             "place = ((block * PAGE + offset) * G + g)[:, None] * (GROUPS * PAIRS) + pair[None, :]",
-            "scale_place = (block * G + g) * (GROUPS * PAGE) + offset",
         )
         for side in ("key", "value"):
             for j, end in enumerate(self.ends):
                 more = f" + {j} * PAIRS" if j else ""
                 e.add(f"{side}s{end} = tl.load({side[0]}_cache + place{more}{mask})")
+
+    def first_scales(self, page: str, next_page: str) -> None:
+        """The scales of the first step and the page of the next one."""
+        e = self.emitter
+        e.add(
+            "# No copy engine takes as little as a scale: it is loaded one step before it is needed, and its page two.",
+            "t = start + tl.arange(0, BLOCK_T)",
+            f"near = {page}",
+        )
+        self._load_scales("t % PAGE")
+        e.add(f"near = {next_page}")
+
+    def next_scales(self, page: str, *, masked: bool) -> None:
+        """The scales of this step, on the way since the last one; those of the next one, and the `page` of the one after."""
+        e = self.emitter
+        for side in ("key", "value"):
+            for end in self.ends:
+                ready = f"{side}_near{end}.to(tl.float32)"
+                e.add(f"{side}_scale{end} = {f'tl.where(t_inside, {ready}, 0.0)' if masked else ready}")
+        self._load_scales("(t + BLOCK_T) % PAGE")
+        e.add(f"near = {page}")
+
+    def _load_scales(self, offset: str) -> None:
+        e = self.emitter
+        e.add(f"scale_place = ((near.to(tl.int64) if WIDE else near) * G + g) * (GROUPS * PAGE) + {offset}")
         for side in ("key", "value"):
             for j, end in enumerate(self.ends):
-                more, inside_too = f" + {j} * PAGE" if j else "", ", mask=t_inside, other=0.0" if masked else ""
-                e.add(f"{side}_scale{end} = tl.load({side[0]}_scale + scale_place{more}{inside_too}).to(tl.float32)")
+                e.add(f"{side}_near{end} = tl.load({side[0]}_scale + scale_place{f' + {j} * PAGE' if j else ''})")
 
     def scores(self) -> None:
         """Products with the codes of keys, times their scales."""

@@ -1,7 +1,8 @@
 """Linear kernels whose weight is codes: dequantized in registers, on the way from memory to the tensor cores.
 
 The weight lies in the order in which threads hold it: units of 16 rows, in each steps of 512 / bits columns of K, in each 2 x 8
-rows (r, r + 8) of 16 words. Of a row's word 4 t + j the two halves hold the columns 32 j + 8 p + 2 t and the one after (of
+rows (r, r + 8) of 16 words. Where a kernel's columns have two rows each (gate and up, what turns together), r is of the
+first and r + 8 of the second, so that one thread sums both. Of a row's word 4 t + j the two halves hold the columns 32 j + 8 p + 2 t and the one after (of
 8-bit codes 16 j + 8 p + 2 t), p the place within the half, lowest first: what thread t of a row gives to a product of tensor
 cores, so that nothing is moved between threads.
 
@@ -185,12 +186,12 @@ def _bits(number: float, dtype: str) -> int:
 class _Codes:
     """What kernels that read codes have in common: where they are, and how a step becomes numbers."""
 
-    def __init__(self, e: Emitter, what: Linear, sides: tuple[str, ...], columns_n: int, BLOCK_N: int) -> None:
+    def __init__(self, e: Emitter, what: Linear, sides: int, columns_n: int, BLOCK_N: int) -> None:
         assert what.format is not None
-        self.e, self.what, self.format, self.sides = e, what, what.format, sides
+        self.e, self.what, self.format, self.rows = e, what, what.format, sides * BLOCK_N
         self.C, self.parts = columns(what.format), parts(what.format)
         self.steps = -(-what.K // self.C)
-        self.units = -(-columns_n // UNIT)
+        self.units = -(-columns_n * sides // UNIT)
         self.ragged_n = columns_n % BLOCK_N != 0
         self.ragged_k = what.K % self.C != 0
         self.group = what.format.grouped(what.K) if what.format.group and what.format.group < what.K else None
@@ -201,29 +202,26 @@ class _Codes:
 
     def declare(self) -> None:
         e = self.e
-        e.constant(STEPS=self.steps, UNITS=self.units)
+        e.constant(STEPS=self.steps, UNITS=self.units, ROWS=self.rows)
         values(e, self.format, self.what.dtype)
 
     def places(self) -> None:
         """The rows of words that a program reads, in the order in which its threads hold them."""
         e = self.e
         e.add(
-            "i = tl.arange(0, BLOCK_N)",
-            "unit = tl.program_id(0) * (BLOCK_N // 16) + i // 8 % (BLOCK_N // 16)",
-            "within = i // (BLOCK_N // 2) * 8 + i % 8",
+            "row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)",
+            "i = tl.arange(0, ROWS)",
+            "unit = tl.program_id(0) * (ROWS // 16) + i // 8 % (ROWS // 16)",
+            "within = i // (ROWS // 2) * 8 + i % 8",
+            "words = weight + unit * (STEPS * 256) + within * 16",
             "word = tl.arange(0, 16)",
         )
-        if self.ragged_n:
-            e.add("unit_inside = (unit < UNITS)[:, None]")
-        for index, side in enumerate(self.sides):
-            place = f"({index} * UNITS + unit)" if index else "unit"
-            e.add(f"{side}_words = weight + {place} * (STEPS * 256) + within * 16")
 
-    def load(self, side: str, step: str, target: str) -> None:
+    def load(self, step: str, target: str) -> None:
         """The words of a step. Past the last step it is any: x is zero there."""
-        masked = ", mask=unit_inside, other=0" if self.ragged_n else ""
+        masked = ", mask=(unit < UNITS)[:, None], other=0" if self.ragged_n else ""
         self.e.add(
-            f"{target} = tl.load({side}_words[:, None] + {step} * 256 + word[None, :]{masked}, "
+            f"{target} = tl.load(words[:, None] + {step} * 256 + word[None, :]{masked}, "
             'eviction_policy="evict_first")'
         )
 
@@ -235,25 +233,25 @@ class _Codes:
         return f"({step} // {self.per})" if self.per > 1 else step
 
     def load_scales(self, step: str, part: int, suffix: str) -> None:
-        """Scales, and zeros, of one part of a step."""
-        masked = ", mask=n_inside, other=0.0" if self.ragged_n else ""
-        for index, side in enumerate(self.sides):
-            row = f"({self.group_of(step, part)} * {len(self.sides)} + {index}) * N"
-            if self.group is not None:
-                self.e.add(f"{side}_scale{suffix} = tl.load(scales + {row} + n{masked})")
-            if not self.format.symmetric:
-                inside = ", mask=unit * 16 + within < N, other=0.0"
-                self.e.add(
-                    f"{side}_zero{suffix} = tl.load(zeros + {row} + unit * 16 + within{inside if self.ragged_n else ''})"
-                )
+        """Scales, and zeros, of one part of a step: those as sums lie, these as words do."""
+        group = f"{self.group_of(step, part)} * (UNITS * 16)"
+        if self.group is not None:
+            self.e.add(f"scale{suffix} = tl.load(scales + {group} + row{self._inside('row // 16')})")
+        if not self.format.symmetric:
+            self.e.add(f"zero{suffix} = tl.load(zeros + {group} + unit * 16 + within{self._inside('unit')})")
 
     def load_channel_scales(self) -> None:
         """The one scale of each row."""
-        masked = ", mask=n_inside, other=0.0" if self.ragged_n else ""
-        for index, side in enumerate(self.sides):
-            self.e.add(f"{side}_scale = tl.load(scales + {index} * N + n{masked})")
+        self.e.add(f"scale = tl.load(scales + row{self._inside('row // 16')})")
 
-    def split(self, side: str, words: str) -> list[str]:
+    def _inside(self, unit: str) -> str:
+        return f", mask={unit} < UNITS, other=0.0" if self.ragged_n else ""
+
+    def scaled(self, suffix: str = "") -> str:
+        """A factor of each row's sum."""
+        return f"(scale{suffix}.to(tl.float32) * {self.factor!r})[:, None]"
+
+    def split(self, words: str) -> list[str]:
         """Names of the words of each part."""
         e = self.e
         if self.parts == 1:
@@ -267,8 +265,8 @@ class _Codes:
         e.add(f"{names[0]}, {names[1]} = halved({words}_a)", f"{names[2]}, {names[3]} = halved({words}_b)")
         return names
 
-    def value(self, words: str, side: str, suffix: str) -> str:
-        zero = f", {side}_zero{suffix}" if not self.format.symmetric else ""
+    def value(self, words: str, suffix: str) -> str:
+        zero = f", zero{suffix}" if not self.format.symmetric else ""
         return f"values({words}, NATIVE)" if self.looks_up else f"values({words}, lowest{zero})"
 
     def declare_last(self) -> None:
@@ -315,12 +313,13 @@ class _Quantized(Composition):
         assert what.format is not None
         if what.dtype not in EXPONENTS:
             raise UsageError(f"codegen: a product with codes computes in {', '.join(EXPONENTS)}, not {what.dtype}")
-        if what.rounds or columns(what.format) != tiling.BLOCK_K or tiling.BLOCK_N % UNIT or what.by_input:
+        checked(what, tiling)
+        super().__init__(what, tiling)
+        rows = tiling.BLOCK_N * len(self.sides)
+        if what.rounds or columns(what.format) != tiling.BLOCK_K or rows % UNIT or what.by_input:
             raise UsageError(
                 f"codegen: a product with codes takes {columns(what.format)} columns a step and rows by {UNIT}, not {tiling}"
             )
-        checked(what, tiling)
-        super().__init__(what, tiling)
         self.held = -(-self.codes.steps // tiling.splits)
         if tiling.num_stages == 1 and self.held > 8:
             raise UsageError(f"codegen: registers hold 8 steps of codes at most, not {self.held}")
@@ -329,7 +328,7 @@ class _Quantized(Composition):
 
     def _emitter(self) -> Emitter:
         e = super()._emitter()
-        self.codes = _Codes(e, self.what, self.sides, self.columns, self.tiling.BLOCK_N)
+        self.codes = _Codes(e, self.what, len(self.sides), self.columns, self.tiling.BLOCK_N)
         self.codes.declare_last()
         e.constants.pop("PART", None)
         self.codes.declare()
@@ -345,9 +344,7 @@ class _Quantized(Composition):
     def _main_loop(self) -> None:
         e, codes = self.emitter, self.codes
         e.add("# Main loop: codes stream by, x stays in the cache.")
-        for side in self.sides:
-            e.add(f"{side} = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)")
-        e.add(f"columns = tl.arange(0, {self._width})")
+        e.add("sums = tl.zeros([ROWS, BLOCK_M], tl.float32)", f"columns = tl.arange(0, {self._width})")
         begin = f"tl.program_id(1) * {self.held}" if self.tiling.splits > 1 else "0"
         if self.tiling.num_stages == 1:
             self._unrolled_codes(begin)
@@ -356,21 +353,26 @@ class _Quantized(Composition):
         if codes.group is None:
             e.add("# One scale a row.")
             codes.load_channel_scales()
-            for side in self.sides:
-                e.add(f"{side} *= ({side}_scale.to(tl.float32) * {codes.factor!r})[:, None]")
+            e.add(f"sums *= {codes.scaled()}")
+        if len(self.sides) == 1:
+            e.add(f"{self.sides[0]} = sums")
+            return
+        first, second = self.sides
+        e.add(
+            f"{first}, {second} = tl.split(sums.reshape(ROWS // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))",
+            f"{first} = {first}.reshape(BLOCK_N, BLOCK_M)",
+            f"{second} = {second}.reshape(BLOCK_N, BLOCK_M)",
+        )
 
     def _unrolled_codes(self, begin: str) -> None:
         """All loads of a part before anything is waited for."""
         e, codes = self.emitter, self.codes
         e.add(f"begin = {begin}")
         uneven = self.held * self.tiling.splits != codes.steps
-        for j in range(self.held):
-            for side in self.sides:
-                codes.load(
-                    side, f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})", f"{side}_tile_{j}"
-                )
-        for j in range(self.held):
-            place = f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})"
+        places = [f"tl.minimum(begin + {j}, STEPS - 1)" if uneven else f"(begin + {j})" for j in range(self.held)]
+        for j, place in enumerate(places):
+            codes.load(place, f"tile_{j}")
+        for j, place in enumerate(places):
             for part in range(codes.parts):
                 codes.load_scales(place, part, f"_{j}_{part}")
         e.wait()
@@ -378,10 +380,8 @@ class _Quantized(Composition):
             for part in range(codes.parts):
                 self._load_part(f"(begin + {j})", part, f"_{j}_{part}", checked=uneven or codes.ragged_k)
         for j in range(self.held):
-            for side in self.sides:
-                names = codes.split(side, f"{side}_tile_{j}")
-                for part, words in enumerate(names):
-                    self._multiply_codes(side, words, f"_{j}_{part}")
+            for part, words in enumerate(codes.split(f"tile_{j}")):
+                self._multiply_codes(words, f"_{j}_{part}")
 
     def _looped_codes(self, begin: str) -> None:
         """Words are on their way some steps before they are needed, scales one step."""
@@ -397,23 +397,20 @@ class _Quantized(Composition):
                 codes.load_scales(begin, part, suffix)
         e.wait()
         with e.block(f"for step in range({begin}, {end}):"):
-            for side in self.sides:
-                codes.load(side, "step", f"{side}_tile")
+            codes.load("step", "tile")
             for part, suffix in enumerate(suffixes):
                 self._load_part("step", part, suffix, checked=codes.ragged_k)
             if scaled:
                 e.add("following = tl.minimum(step + 1, STEPS - 1)")
                 for part, suffix in enumerate(suffixes):
                     codes.load_scales("following", part, f"{suffix}_next")
-            for side in self.sides:
-                for words, suffix in zip(codes.split(side, f"{side}_tile"), suffixes, strict=True):
-                    self._multiply_codes(side, words, suffix)
+            for words, suffix in zip(codes.split("tile"), suffixes, strict=True):
+                self._multiply_codes(words, suffix)
             for suffix in suffixes if scaled else ():
-                for side in self.sides:
-                    if codes.group is not None:
-                        e.add(f"{side}_scale{suffix} = {side}_scale{suffix}_next")
-                    if not codes.format.symmetric:
-                        e.add(f"{side}_zero{suffix} = {side}_zero{suffix}_next")
+                if codes.group is not None:
+                    e.add(f"scale{suffix} = scale{suffix}_next")
+                if not codes.format.symmetric:
+                    e.add(f"zero{suffix} = zero{suffix}_next")
 
     def _load_part(self, step: str, part: int, suffix: str, *, checked: bool) -> None:
         """x of one part of a step, [columns, BLOCK_M]."""
@@ -427,14 +424,13 @@ class _Quantized(Composition):
             'eviction_policy="evict_last")'
         )
 
-    def _multiply_codes(self, side: str, words: str, suffix: str) -> None:
+    def _multiply_codes(self, words: str, suffix: str) -> None:
         e, codes = self.emitter, self.codes
-        made = codes.value(words, side, suffix)
+        made = codes.value(words, suffix)
         if codes.group is None:
-            e.add(f"{side} = tl.dot({made}, x{suffix}, {side})")
+            e.add(f"sums = tl.dot({made}, x{suffix}, sums)")
         else:
-            scale = f"({side}_scale{suffix}.to(tl.float32) * {codes.factor!r})[:, None]"
-            e.add(f"{side} += tl.dot({made}, x{suffix}) * {scale}")
+            e.add(f"sums += tl.dot({made}, x{suffix}) * {codes.scaled(suffix)}")
 
     def _more_arguments(self) -> list[str]:
         return self.codes.arguments("x")
@@ -487,44 +483,45 @@ def dequantize(what: Dequantize) -> Kernel:
         ),
         {"num_warps": 4, "num_stages": 1},
     )
-    sides = ("gate", "up") if of.pairs else ("a", "b") if of.rotary is not None else ("out",)
-    share = of.N // len(sides)
-    codes = _Codes(e, of, sides, share, 64)
+    sides = 2 if of.pairs or of.rotary is not None else 1
+    share = of.N // sides
+    codes = _Codes(e, of, sides, share, 64 // sides)
     e.pointer("weight", "i32")
     e.pointer("scales", of.scale_dtype)
     if not of.format.symmetric:
         e.pointer("zeros", of.dtype)
     e.pointer("y", of.dtype)
     codes.declare_last()
-    e.constant(N=share, K=of.K, BLOCK_N=64)
+    e.constant(N=share, K=of.K)
     if of.rotary is not None:
         e.constant(D=of.rotary.head_dim, R=of.rotary.rotary_dim // 2)
     codes.declare()
     e.begin(waits=True)
-    e.add("n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)", "step = tl.program_id(1)")
+    e.add("step = tl.program_id(1)")
+    codes.places()
+    e.add("n = row" if sides == 1 else "n = row // 16 * 8 + row % 8")
     if codes.ragged_n:
         e.add("n_inside = n < N")
-    codes.places()
     names = rows_of(e, of)
+    place = names[0] if sides == 1 else f"tl.where(row % 16 < 8, {names[0]}, {names[1]})"
+    e.add(f"target = y + {place}.to(tl.int64)[:, None] * K")
     width = codes.C // codes.parts
     if codes.group is None:
         codes.load_channel_scales()
     for part in range(codes.parts):
         codes.load_scales("step", part, f"_{part}")
-    for side, row in zip(sides, names, strict=True):
-        codes.load(side, "step", f"{side}_tile")
-        for part, words in enumerate(codes.split(side, f"{side}_tile")):
-            scale = f"{side}_scale" if codes.group is None else f"{side}_scale_{part}"
-            made = codes.value(words, side, f"_{part}")
-            e.add(f"made = {made}.to(tl.float32) * ({scale}.to(tl.float32) * {codes.factor!r})[:, None]")
-            e.add(f"k = step * {codes.C} + {part * width} + tl.arange(0, {width})")
-            masks = ["n_inside[:, None]"] * codes.ragged_n + ["(k < K)[None, :]"] * codes.ragged_k
-            masked = f", mask={' & '.join(masks)}" if masks else ""
-            e.add(f"tl.store(y + {row}.to(tl.int64)[:, None] * K + k[None, :], made{masked})")
+    codes.load("step", "tile")
+    for part, words in enumerate(codes.split("tile")):
+        scale = codes.scaled("" if codes.group is None else f"_{part}")
+        e.add(f"made = {codes.value(words, f'_{part}')}.to(tl.float32) * {scale}")
+        e.add(f"k = step * {codes.C} + {part * width} + tl.arange(0, {width})")
+        masks = ["n_inside[:, None]"] * codes.ragged_n + ["(k < K)[None, :]"] * codes.ragged_k
+        masked = f", mask={' & '.join(masks)}" if masks else ""
+        e.add(f"tl.store(target + k[None, :], made{masked})")
     tensors = ["weight", "scales", *["zeros"] * (not of.format.symmetric), "y"]
     e.host += [
         f"def launch({', '.join(tensors)}, pdl=False):",
         '    """Fills y."""',
-        f"    {e.launched(f'({-(-share // 64)!r}, {codes.steps!r})', *tensors, *codes.arguments('y'))}",
+        f"    {e.launched(f'({-(-codes.units // 4)!r}, {codes.steps!r})', *tensors, *codes.arguments('y'))}",
     ]
     return e.kernel()

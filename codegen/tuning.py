@@ -27,8 +27,8 @@ SHIPPED = Path(__file__).parent / "tables"
 # Of decode: keys a step, warps, stages. Steps over int8 hold half the bytes, so more of them are on their way.
 OF_FLOATS = ((16, 1, 8), (32, 1, 6), (16, 2, 8), (64, 2, 4), (32, 2, 5), (64, 4, 3), (64, 4, 5), (128, 4, 3))
 OF_INT8 = (
-    (32, 1, 6), (32, 1, 8), (32, 1, 10), (16, 1, 8), (16, 1, 12), (64, 2, 4), (64, 2, 6), (64, 4, 6), (64, 4, 4), (32, 2, 8),
-    (128, 4, 4), (128, 4, 6),
+    (32, 1, 6), (32, 1, 8), (32, 1, 4), (16, 1, 8), (16, 1, 12), (64, 1, 3), (64, 2, 4), (64, 4, 6), (64, 4, 4), (32, 2, 8),
+    (32, 2, 5), (128, 4, 4), (128, 4, 6),
 )  # fmt: skip
 
 
@@ -152,15 +152,17 @@ def _tilings_of_codes(what: Linear, whole_head: int) -> Iterator[Tiling]:
     assert what.format is not None
     C = quantized.columns(what.format)
     steps = -(-what.K // C)
+    sides = 2 if what.pairs or what.rotary is not None else 1
     for rows, warps in ((64, 4), (128, 8), (128, 4)):
-        if whole_head and rows != whole_head:
+        BLOCK_N = rows // sides
+        if whole_head and BLOCK_N != whole_head:
             continue
         for held in (2, 4, 1) if what.tokens <= 16 else ():
-            yield Tiling(rows, C, -(-steps // held), warps, 1)
+            yield Tiling(BLOCK_N, C, -(-steps // held), warps, 1)
         for splits in (4, 2, 3, 1, 6):
             for stages in (4, 3, 6):
                 if splits <= max(steps // 4, 1):
-                    yield Tiling(rows, C, splits, warps, stages)
+                    yield Tiling(BLOCK_N, C, splits, warps, stages)
 
 
 def _tilings_of_eight_bits(whole_head: int) -> Iterator[Tiling]:

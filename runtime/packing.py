@@ -27,7 +27,7 @@ def words(codes: Tensor, format: Format) -> Tensor:
 
 
 def packed(codes: Codes, sides: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a kernel takes for a weight: words, scales [groups, N], zeros likewise (None: in the middle).
+    """What a kernel takes for a weight: words, scales [groups, rows of all units], zeros likewise (None: in the middle).
 
     Args:
         codes: of the weight [N, K].
@@ -35,14 +35,20 @@ def packed(codes: Codes, sides: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
         dtype: that the kernel computes in.
     """
     format = codes.format
-    each = codes.codes
-    made = torch.cat([words(each[rows], format) for rows in sides])
-    order = sides.flatten()
-    scales = _steps(codes.scales[order].T, format, codes.width)
+    made = words(_units(codes.codes, sides, 7 if format.kind == "nf4" else format.middle), format)
+    scales = _steps(_units(codes.scales, sides).T, format, codes.width)
     if codes.zeros is None:
         return made, scales, None
-    zeros = (codes.zeros[order].T.float() * -REMAINS[dtype]).to(dtype)
+    zeros = (_units(codes.zeros, sides).T.float() * -REMAINS[dtype]).to(dtype)
     return made, scales, _steps(zeros, format, codes.width)
+
+
+def _units(rows: Tensor, sides: Tensor, missing: int = 0) -> Tensor:
+    """Rows in units of 16: of two sides, eight of the first and then those of the second that belong to them."""
+    each = UNIT // len(sides)
+    lacks = -sides.shape[1] % each
+    found = [torch.nn.functional.pad(rows[of], (0, 0, 0, lacks), value=missing) for of in sides]
+    return torch.stack([side.unflatten(0, (-1, each)) for side in found], 1).flatten(0, 2)
 
 
 def _steps(rows: Tensor, format: Format, K: int) -> Tensor:
