@@ -96,8 +96,10 @@ class Emitter:
         doc = [f'"""{self.summary}', "", *self.details, '"""']
         parameters = [f"    {name}," for name in self.signature]
         parameters += [f"    {name}: tl.constexpr = {value!r}," for name, value in self.constants.items()]
-        torch = ["import torch"] if any("torch." in line for line in self.host) else []
-        out = [*doc, "", *torch, "import triton", "import triton.language as tl"]
+        own, torch = (
+            [f"import {name}"] * any(f"{name}." in line for line in self.host) for name in ("ctypes", "torch")
+        )
+        out = [*doc, "", *own, *[""] * len(own), *torch, "import triton", "import triton.language as tl"]
         for part in self.parts:
             out += ["", "", *part.strip("\n").splitlines()]
         out += ["", "", "@triton.jit", "def kernel(", *parameters, "):", *self.lines]

@@ -2,13 +2,13 @@
 
 The weight lies in the order in which threads hold it: units of 16 rows, in each steps of 512 / bits columns of K, in each 2 x 8
 rows (r, r + 8) of 16 words. Where a kernel's columns have two rows each (gate and up, what turns together), r is of the
-first and r + 8 of the second, so that one thread sums both. Of a row's word 4 t + j the two halves hold the columns 32 j + 8 p + 2 t and the one after (of
-8-bit codes 16 j + 8 p + 2 t), p the place within the half, lowest first: what thread t of a row gives to a product of tensor
-cores, so that nothing is moved between threads.
+first and r + 8 of the second, so that one thread sums both. Of a row's word 4 t + j the two halves hold the columns
+32 j + 8 p + 2 t and the one after (of 8-bit codes 16 j + 8 p + 2 t), p the place within the half, lowest first: what
+thread t of a row gives to a product of tensor cores, so that nothing is moved between threads.
 
 A half, its other codes masked out, is a subnormal number of the element type, code * 2^-133 (float16: 2^-24); one fused
 multiply-add makes (code - zero) * 2^-6 (2^-9) of it, without rounding. Codes of NF4 that are neighbours in a word are
-neighbours in K, and are looked up.
+neighbours in K, and are looked up together.
 """
 
 import struct
@@ -101,37 +101,34 @@ def halved(words):
 '''
 
 
+TABLE_BYTES = 32 << 10  # a pair of levels for each of 256 bytes of codes, for each of 32 lanes
+
+
 def _levels(e: Emitter, dtype: str) -> None:
-    """Gives the kernel `values` of NF4: a look-up in registers, of four codes and one byte of their levels at a time."""
+    """Gives the kernel `values` of NF4: two codes are looked up at once, in a table of which each lane has a bank."""
     name = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[dtype]
     bits = [_bits(level, dtype) for level in NF4]
-    tables = [
-        f"0x{int.from_bytes(bytes((bits[start + i] >> shift) & 255 for i in range(4)), 'little'):08x}"
-        for shift in (0, 8)
-        for start in (0, 4, 8, 12)
-    ]
-    low, high = tables[:4], tables[4:]
-    half = [
-        line
-        for target, (a, b, c, d) in (("lo", low), ("hi", high))
-        for line in (
-            f"mov.b32 a, {a}; mov.b32 b, {b}; prmt.b32 a, a, b, s;",
-            f"mov.b32 b, {c}; mov.b32 c, {d}; prmt.b32 b, b, c, s;",
-            f"prmt.b32 {target}, a, b, t;",
-        )
-    ]
-    asm = [
-        "{ .reg .b32 s, t, a, b, c, lo, hi;",
-        "and.b32 s, $4, 0x77777777;  // places in tables of eight",
-        "shr.u32 t, $4, 1; lop3.b32 t, t, 0x44444444, 0x32103210, 0xea;  // which of two tables",
-        *half,
-        "prmt.b32 $0, lo, hi, 0x5140; prmt.b32 $1, lo, hi, 0x7362;",
-        "shr.u32 s, s, 16; shr.u32 t, t, 16;",
-        *half,
-        "prmt.b32 $2, lo, hi, 0x5140; prmt.b32 $3, lo, hi, 0x7362; }",
-    ]
     e.constant(NATIVE=False)
-    e.part(f'LOOK_UP = tl.constexpr("""\n{chr(10).join(asm)}\n""")')
+    fill = [
+        "{ .reg .b32 place, pair;",
+        "add.u32 place, $1, $3;",
+        *(
+            f"or.b32 pair, $2, 0x{high << 16:08x}; st.shared.v4.b32 [place + {2048 * i}], {{pair, pair, pair, pair}};"
+            for i, high in enumerate(bits)
+        ),
+        "mov.b32 $0, 0; }",
+    ]
+    shifts = ("shl.b32 a, $4, 7;", "shr.u32 a, $4, 1;", "shr.u32 a, $4, 9;", "shr.u32 a, $4, 17;")
+    look_up = [
+        "{ .reg .b32 a;",
+        *(
+            f"{shift} lop3.b32 a, a, 0x7f80, $5, 0xea; add.u32 a, a, $6; ld.shared.b32 ${i}, [a];"
+            for i, shift in enumerate(shifts)
+        ),
+        "}",
+    ]
+    for constant, lines in (("FILL", fill), ("LOOK_UP", look_up)):
+        e.part(f'{constant} = tl.constexpr("""\n{chr(10).join(lines)}\n""")')
     *others, last = [f"tl.where(code == {i}, {value}, found)" for i, value in enumerate(bits) if value]
     plain = "\n".join([*(f"    found = {choice}" for choice in others), f"    return {last}"])
     e.part(
@@ -147,6 +144,20 @@ def level(words, PLACE: tl.constexpr):
     e.part(
         f'''
 @triton.jit
+def table():
+    """Where shared memory holds the pairs of levels of all bytes of codes, and a lane's place in each of them."""
+    DECLARED: tl.constexpr = "{{ .shared .align 128 .b8 levels[{TABLE_BYTES}]; mov.u32 $0, levels; }}"
+    start = tl.inline_asm_elementwise(DECLARED, "=r", [], tl.int32, is_pure=False, pack=1)
+    i = tl.arange(0, 128)  # eight threads a byte, 16 bytes at once
+    tl.inline_asm_elementwise(FILL, "=r,r,r,r", [i * 16, level(i // 8, 0), start], tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], tl.int32, is_pure=True, pack=1)
+    return start, lane * 4
+'''
+    )
+    e.part(
+        f'''
+@triton.jit
 def pair(v):
     """Both halves of words as numbers."""
     low = (v & 0xFFFF).to(tl.int16).to({name}, bitcast=True)
@@ -156,13 +167,18 @@ def pair(v):
     e.part(
         '''
 @triton.jit
-def values(words, NATIVE: tl.constexpr):
+def values(words, start, lane, NATIVE: tl.constexpr):
     """Words [rows, 4 J] as levels [rows, 32 J], rows and columns in their order."""
     ROWS: tl.constexpr = words.shape[0]
     J: tl.constexpr = words.shape[1] // 4
     if NATIVE:
         a, b, c, d = tl.inline_asm_elementwise(
-            LOOK_UP, "=r,=r,=r,=r,r", [words], (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+            LOOK_UP,
+            "=r,=r,=r,=r,r,r,r",
+            [words, lane, start],
+            (tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
     else:
         a = level(words, 0) | level(words, 1) << 16
@@ -173,6 +189,20 @@ def values(words, NATIVE: tl.constexpr):
     return all.permute(1, 0, 2, 4, 6, 7, 3, 5).reshape(ROWS, 32 * J)
 '''
     )
+    e.host += [
+        "def admit(module, function, *about):",
+        '    """The table is not in the sum for which Triton asks for more shared memory than 48 KB: it is asked for here."""',
+        '    driver, size, of = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p(function)',
+        "    driver.cuFuncGetAttribute(ctypes.byref(size), 1, of)  # what a kernel declares itself",
+        f"    if size.value >= {TABLE_BYTES}:",
+        "        driver.cuFuncGetAttribute(ctypes.byref(size), 8, of)  # what a launch may ask for",
+        "        driver.cuFuncSetAttribute(of, 8, max(size.value, 48 << 10))",
+        "",
+        "",
+        "triton.knobs.runtime.kernel_load_end_hook.add(admit)",
+        "",
+        "",
+    ]
 
 
 def _bits(number: float, dtype: str) -> int:
@@ -217,12 +247,18 @@ class _Codes:
             "word = tl.arange(0, 16)",
         )
 
+    def ready(self) -> None:
+        """What values are looked up in, made before other launches are waited for."""
+        if self.looks_up:
+            self.e.add("start, lane = 0, 0")
+            with self.e.block("if NATIVE:"):
+                self.e.add("start, lane = table()")
+
     def load(self, step: str, target: str) -> None:
         """The words of a step. Past the last step it is any: x is zero there."""
         masked = ", mask=(unit < UNITS)[:, None], other=0" if self.ragged_n else ""
         self.e.add(
-            f"{target} = tl.load(words[:, None] + {step} * 256 + word[None, :]{masked}, "
-            'eviction_policy="evict_first")'
+            f'{target} = tl.load(words[:, None] + {step} * 256 + word[None, :]{masked}, eviction_policy="evict_first")'
         )
 
     def group_of(self, step: str, part: int) -> str:
@@ -267,7 +303,7 @@ class _Codes:
 
     def value(self, words: str, suffix: str) -> str:
         zero = f", zero{suffix}" if not self.format.symmetric else ""
-        return f"values({words}, NATIVE)" if self.looks_up else f"values({words}, lowest{zero})"
+        return f"values({words}, start, lane, NATIVE)" if self.looks_up else f"values({words}, lowest{zero})"
 
     def declare_last(self) -> None:
         """A run-time number: were it known, the compiler would take halves of words apart."""
@@ -375,6 +411,7 @@ class _Quantized(Composition):
         for j, place in enumerate(places):
             for part in range(codes.parts):
                 codes.load_scales(place, part, f"_{j}_{part}")
+        codes.ready()
         e.wait()
         for j in range(self.held):
             for part in range(codes.parts):
@@ -395,6 +432,7 @@ class _Quantized(Composition):
         if scaled:
             for part, suffix in enumerate(suffixes):
                 codes.load_scales(begin, part, suffix)
+        codes.ready()
         e.wait()
         with e.block(f"for step in range({begin}, {end}):"):
             codes.load("step", "tile")
@@ -499,6 +537,7 @@ def dequantize(what: Dequantize) -> Kernel:
     e.begin(waits=True)
     e.add("step = tl.program_id(1)")
     codes.places()
+    codes.ready()
     e.add("n = row" if sides == 1 else "n = row // 16 * 8 + row % 8")
     if codes.ragged_n:
         e.add("n_inside = n < N")

@@ -155,7 +155,7 @@ def _tilings_of_codes(what: Linear, whole_head: int) -> Iterator[Tiling]:
     sides = 2 if what.pairs or what.rotary is not None else 1
     for rows, warps in ((64, 4), (128, 8), (128, 4)):
         BLOCK_N = rows // sides
-        if whole_head and BLOCK_N != whole_head:
+        if whole_head not in (0, BLOCK_N):
             continue
         for held in (2, 4, 1) if what.tokens <= 16 else ():
             yield Tiling(BLOCK_N, C, -(-steps // held), warps, 1)

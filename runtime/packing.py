@@ -48,7 +48,7 @@ def _units(rows: Tensor, sides: Tensor, missing: int = 0) -> Tensor:
     each = UNIT // len(sides)
     lacks = -sides.shape[1] % each
     found = [torch.nn.functional.pad(rows[of], (0, 0, 0, lacks), value=missing) for of in sides]
-    return torch.stack([side.unflatten(0, (-1, each)) for side in found], 1).flatten(0, 2)
+    return torch.stack([side.reshape(-1, each, side.shape[1]) for side in found], 1).flatten(0, 2)
 
 
 def _steps(rows: Tensor, format: Format, K: int) -> Tensor:

@@ -123,7 +123,7 @@ def test_quantized_weights(name: str, quantization: str) -> None:
     spoiled(llm)
     given = prompts(llm.runner.vocabulary)
     found = torch.tensor([p for scored in llm.score(given) for p in scored.logprobs])
-    plain = LLM(module, dtype="fp32", device="cpu", quantization=quantization, **ROOMY)
+    plain = LLM(module, dtype="fp32", quantization=quantization, **(ROOMY | {"device": "cpu"}))
     expected = torch.tensor([p for scored in plain.score(given) for p in scored.logprobs])
     rounded = torch.finfo(torch.bfloat16).eps * float(expected.abs().mean())
     assert float((found - expected).abs().mean()) < 3e-2 + rounded

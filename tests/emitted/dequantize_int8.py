@@ -36,41 +36,36 @@ def kernel(
     lowest,
     N: tl.constexpr = 3072,
     K: tl.constexpr = 4096,
-    BLOCK_N: tl.constexpr = 64,
     D: tl.constexpr = 128,
     R: tl.constexpr = 64,
     STEPS: tl.constexpr = 64,
-    UNITS: tl.constexpr = 192,
+    UNITS: tl.constexpr = 384,
+    ROWS: tl.constexpr = 64,
     PDL: tl.constexpr = False,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.program_id(1)
-    i = tl.arange(0, BLOCK_N)
-    unit = tl.program_id(0) * (BLOCK_N // 16) + i // 8 % (BLOCK_N // 16)
-    within = i // (BLOCK_N // 2) * 8 + i % 8
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.arange(0, ROWS)
+    unit = tl.program_id(0) * (ROWS // 16) + i // 8 % (ROWS // 16)
+    within = i // (ROWS // 2) * 8 + i % 8
+    words = weight + unit * (STEPS * 256) + within * 16
     word = tl.arange(0, 16)
-    a_words = weight + unit * (STEPS * 256) + within * 16
-    b_words = weight + (1 * UNITS + unit) * (STEPS * 256) + within * 16
+    n = row // 16 * 8 + row % 8
     # Rows of W by pairs that turn together, within one head; what does not turn is in pairs as well.
     head = n // (D // 2)
     pair = n % (D // 2)
     a_row = head * D + pair
     b_row = head * D + R + pair
-    a_scale_0 = tl.load(scales + (step * 2 + 0) * N + n)
-    a_zero_0 = tl.load(zeros + (step * 2 + 0) * N + unit * 16 + within)
-    b_scale_0 = tl.load(scales + (step * 2 + 1) * N + n)
-    b_zero_0 = tl.load(zeros + (step * 2 + 1) * N + unit * 16 + within)
-    a_tile = tl.load(a_words[:, None] + step * 256 + word[None, :], eviction_policy="evict_first")
-    made = values(a_tile, lowest, a_zero_0).to(tl.float32) * (a_scale_0.to(tl.float32) * 64.0)[:, None]
+    target = y + tl.where(row % 16 < 8, a_row, b_row).to(tl.int64)[:, None] * K
+    scale_0 = tl.load(scales + step * (UNITS * 16) + row)
+    zero_0 = tl.load(zeros + step * (UNITS * 16) + unit * 16 + within)
+    tile = tl.load(words[:, None] + step * 256 + word[None, :], eviction_policy="evict_first")
+    made = values(tile, lowest, zero_0).to(tl.float32) * (scale_0.to(tl.float32) * 64.0)[:, None]
     k = step * 64 + 0 + tl.arange(0, 64)
-    tl.store(y + a_row.to(tl.int64)[:, None] * K + k[None, :], made)
-    b_tile = tl.load(b_words[:, None] + step * 256 + word[None, :], eviction_policy="evict_first")
-    made = values(b_tile, lowest, b_zero_0).to(tl.float32) * (b_scale_0.to(tl.float32) * 64.0)[:, None]
-    k = step * 64 + 0 + tl.arange(0, 64)
-    tl.store(y + b_row.to(tl.int64)[:, None] * K + k[None, :], made)
+    tl.store(target + k[None, :], made)
 
 
 OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
@@ -78,4 +73,4 @@ OVERLAPPED = {"PDL": True, "launch_pdl": True}  # programmatic dependent launch
 
 def launch(weight, scales, zeros, y, pdl=False):
     """Fills y."""
-    kernel[(48, 64)](weight, scales, zeros, y, 0xFF00FF, num_warps=4, num_stages=1, **(OVERLAPPED if pdl else {}))
+    kernel[(96, 64)](weight, scales, zeros, y, 0xFF00FF, num_warps=4, num_stages=1, **(OVERLAPPED if pdl else {}))

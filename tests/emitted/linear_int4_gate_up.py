@@ -54,7 +54,8 @@ def kernel(
     BLOCK_M: tl.constexpr = 16,
     SPLITS: tl.constexpr = 2,
     STEPS: tl.constexpr = 32,
-    UNITS: tl.constexpr = 688,
+    UNITS: tl.constexpr = 1376,
+    ROWS: tl.constexpr = 128,
     PDL: tl.constexpr = False,
 ):
     if PDL:
@@ -62,34 +63,31 @@ def kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     m_inside = m < tokens
-    i = tl.arange(0, BLOCK_N)
-    unit = tl.program_id(0) * (BLOCK_N // 16) + i // 8 % (BLOCK_N // 16)
-    within = i // (BLOCK_N // 2) * 8 + i % 8
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.arange(0, ROWS)
+    unit = tl.program_id(0) * (ROWS // 16) + i // 8 % (ROWS // 16)
+    within = i // (ROWS // 2) * 8 + i % 8
+    words = weight + unit * (STEPS * 256) + within * 16
     word = tl.arange(0, 16)
-    gate_words = weight + unit * (STEPS * 256) + within * 16
-    up_words = weight + (1 * UNITS + unit) * (STEPS * 256) + within * 16
     # Main loop: codes stream by, x stays in the cache.
-    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK_M], tl.float32)
     columns = tl.arange(0, 128)
     begin = tl.program_id(1) * 16
     end = tl.minimum(begin + 16, STEPS)
-    gate_scale_0 = tl.load(scales + (begin * 2 + 0) * N + n)
-    up_scale_0 = tl.load(scales + (begin * 2 + 1) * N + n)
+    scale_0 = tl.load(scales + begin * (UNITS * 16) + row)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for step in range(begin, end):
-        gate_tile = tl.load(gate_words[:, None] + step * 256 + word[None, :], eviction_policy="evict_first")
-        up_tile = tl.load(up_words[:, None] + step * 256 + word[None, :], eviction_policy="evict_first")
+        tile = tl.load(words[:, None] + step * 256 + word[None, :], eviction_policy="evict_first")
         k = step * 128 + columns
         x_0 = tl.load(x + m[None, :] * K + k[:, None], mask=m_inside[None, :], other=0.0, eviction_policy="evict_last")
         following = tl.minimum(step + 1, STEPS - 1)
-        gate_scale_0_next = tl.load(scales + (following * 2 + 0) * N + n)
-        up_scale_0_next = tl.load(scales + (following * 2 + 1) * N + n)
-        gate += tl.dot(values(gate_tile, lowest), x_0) * (gate_scale_0.to(tl.float32) * 64.0)[:, None]
-        up += tl.dot(values(up_tile, lowest), x_0) * (up_scale_0.to(tl.float32) * 64.0)[:, None]
-        gate_scale_0 = gate_scale_0_next
-        up_scale_0 = up_scale_0_next
+        scale_0_next = tl.load(scales + following * (UNITS * 16) + row)
+        sums += tl.dot(values(tile, lowest), x_0) * (scale_0.to(tl.float32) * 64.0)[:, None]
+        scale_0 = scale_0_next
+    gate, up = tl.split(sums.reshape(ROWS // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+    gate = gate.reshape(BLOCK_N, BLOCK_M)
+    up = up.reshape(BLOCK_N, BLOCK_M)
     # Every part leaves its sums; the last to arrive adds them in order.
     inner = m[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     block = partial + tl.program_id(0).to(tl.int64) * (SPLITS * (2 * BLOCK_N * BLOCK_M))

@@ -102,6 +102,15 @@ def kernel(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     table = block_table + sequence.to(tl.int64) * table_stride
+    # No copy engine takes as little as a scale: it is loaded one step before it is needed, and its page two.
+    t = start + tl.arange(0, BLOCK_T)
+    near = tl.load(table + t // PAGE, mask=t < last, other=0)
+    scale_place = ((near.to(tl.int64) if WIDE else near) * G + g) * (GROUPS * PAGE) + t % PAGE
+    key_near_0 = tl.load(k_scale + scale_place)
+    key_near_1 = tl.load(k_scale + scale_place + 1 * PAGE)
+    value_near_0 = tl.load(v_scale + scale_place)
+    value_near_1 = tl.load(v_scale + scale_place + 1 * PAGE)
+    near = tl.load(table + (t + BLOCK_T) // PAGE, mask=t + BLOCK_T < last, other=0)
     whole = start + tl.maximum(last - start, 0) // BLOCK_T * BLOCK_T
     for step in range(start, whole, BLOCK_T):
         t = step + tl.arange(0, BLOCK_T)
@@ -109,15 +118,20 @@ def kernel(
         block = block.to(tl.int64) if WIDE else block
         offset = t % PAGE
         place = ((block * PAGE + offset) * G + g)[:, None] * (GROUPS * PAIRS) + pair[None, :]
-        scale_place = (block * G + g) * (GROUPS * PAGE) + offset
         keys_0 = tl.load(k_cache + place)
         keys_1 = tl.load(k_cache + place + 1 * PAIRS)
         values_0 = tl.load(v_cache + place)
         values_1 = tl.load(v_cache + place + 1 * PAIRS)
-        key_scale_0 = tl.load(k_scale + scale_place).to(tl.float32)
-        key_scale_1 = tl.load(k_scale + scale_place + 1 * PAGE).to(tl.float32)
-        value_scale_0 = tl.load(v_scale + scale_place).to(tl.float32)
-        value_scale_1 = tl.load(v_scale + scale_place + 1 * PAGE).to(tl.float32)
+        key_scale_0 = key_near_0.to(tl.float32)
+        key_scale_1 = key_near_1.to(tl.float32)
+        value_scale_0 = value_near_0.to(tl.float32)
+        value_scale_1 = value_near_1.to(tl.float32)
+        scale_place = ((near.to(tl.int64) if WIDE else near) * G + g) * (GROUPS * PAGE) + (t + BLOCK_T) % PAGE
+        key_near_0 = tl.load(k_scale + scale_place)
+        key_near_1 = tl.load(k_scale + scale_place + 1 * PAGE)
+        value_near_0 = tl.load(v_scale + scale_place)
+        value_near_1 = tl.load(v_scale + scale_place + 1 * PAGE)
+        near = tl.load(table + (t + 2 * BLOCK_T) // PAGE, mask=t + 2 * BLOCK_T < last, other=0)
         even, odd = codes_of(keys_0, PACKED)
         product = tl.dot(queries_even_0, tl.trans(even))
         product = tl.dot(queries_odd_0, tl.trans(odd), product)
@@ -146,15 +160,20 @@ def kernel(
         block = block.to(tl.int64) if WIDE else block
         offset = t % PAGE
         place = ((block * PAGE + offset) * G + g)[:, None] * (GROUPS * PAIRS) + pair[None, :]
-        scale_place = (block * G + g) * (GROUPS * PAGE) + offset
         keys_0 = tl.load(k_cache + place, mask=t_inside[:, None], other=0)
         keys_1 = tl.load(k_cache + place + 1 * PAIRS, mask=t_inside[:, None], other=0)
         values_0 = tl.load(v_cache + place, mask=t_inside[:, None], other=0)
         values_1 = tl.load(v_cache + place + 1 * PAIRS, mask=t_inside[:, None], other=0)
-        key_scale_0 = tl.load(k_scale + scale_place, mask=t_inside, other=0.0).to(tl.float32)
-        key_scale_1 = tl.load(k_scale + scale_place + 1 * PAGE, mask=t_inside, other=0.0).to(tl.float32)
-        value_scale_0 = tl.load(v_scale + scale_place, mask=t_inside, other=0.0).to(tl.float32)
-        value_scale_1 = tl.load(v_scale + scale_place + 1 * PAGE, mask=t_inside, other=0.0).to(tl.float32)
+        key_scale_0 = tl.where(t_inside, key_near_0.to(tl.float32), 0.0)
+        key_scale_1 = tl.where(t_inside, key_near_1.to(tl.float32), 0.0)
+        value_scale_0 = tl.where(t_inside, value_near_0.to(tl.float32), 0.0)
+        value_scale_1 = tl.where(t_inside, value_near_1.to(tl.float32), 0.0)
+        scale_place = ((near.to(tl.int64) if WIDE else near) * G + g) * (GROUPS * PAGE) + (t + BLOCK_T) % PAGE
+        key_near_0 = tl.load(k_scale + scale_place)
+        key_near_1 = tl.load(k_scale + scale_place + 1 * PAGE)
+        value_near_0 = tl.load(v_scale + scale_place)
+        value_near_1 = tl.load(v_scale + scale_place + 1 * PAGE)
+        near = tl.load(table + (t + 2 * BLOCK_T) // PAGE, mask=t + 2 * BLOCK_T < last, other=0)
         even, odd = codes_of(keys_0, PACKED)
         product = tl.dot(queries_even_0, tl.trans(even))
         product = tl.dot(queries_odd_0, tl.trans(odd), product)
@@ -212,7 +231,7 @@ def launch(q, k_cache, v_cache, k_scale, v_scale, block_table, context_lens, y, 
             block_table.stride(0),
             WIDE=k_cache.numel() >= 2**31,
             PACKED=not triton.knobs.runtime.interpret,
-            num_warps=2,
-            num_stages=8,
+            num_warps=1,
+            num_stages=6,
             **(OVERLAPPED if pdl else {}),
         )
