@@ -58,8 +58,10 @@ class Cost:
     def at(self, *, batch: int = 1, sequence: int = 1, past: int = 512) -> "Cost":
         """The same in numbers."""
         known: dict[sympy.Symbol, Dim] = {BATCH: batch, SEQUENCE: sequence, PAST: past}
-        amounts = (self.flops, self.parameters, self.activations, self.cache)
-        return Cost(self.name, self.launch, *(dims.substitute(one, known) for one in amounts), self.count)
+        flops, parameters, activations, cache = (
+            dims.substitute(one, known) for one in (self.flops, self.parameters, self.activations, self.cache)
+        )
+        return Cost(self.name, self.launch, flops, parameters, activations, cache, self.count)
 
     def is_compute_bound(self, gpu: GPU, assumptions: Assumptions = OURS, **sizes: int) -> bool:
         """On which side of the GPU's roofline it falls."""
@@ -100,10 +102,8 @@ def analyze(graph: Graph, regime: Regime = "decode") -> list[Cost]:
 def _symbols(graph: Graph) -> dict[sympy.Symbol, Dim]:
     """A graph's own dims by what they count: batch, new tokens, past; padding is as long as both together."""
     tokens, past = tokens_of(inputs_of(graph)), past_of(graph)
-    known: dict[sympy.Symbol, Dim] = {}
-    for own, symbol in ((tokens.batch, BATCH), (tokens.sequence, SEQUENCE), (past, PAST)):
-        if isinstance(own, sympy.Symbol):
-            known[own] = symbol
+    own = {tokens.batch: BATCH, tokens.sequence: SEQUENCE, past: PAST}
+    known: dict[sympy.Symbol, Dim] = {dim: symbol for dim, symbol in own.items() if isinstance(dim, sympy.Symbol)}
     rest = {symbol for value in graph.inputs for symbol in dims.symbols(value.shape or ())} - known.keys()
     return known | dict.fromkeys(rest, dims.add(PAST, SEQUENCE))
 
@@ -230,12 +230,13 @@ def text(costs: Iterable[Cost], gpu: GPU, assumptions: Assumptions, *, batch: in
     ]
     for cost in costs:
         found = cost.at(batch=batch, past=context - 1)
-        amounts = [amount(float(one)) for one in (found.flops, found.parameters, found.activations, found.cache)]
+        flops = amount(float(found.flops))
+        moved = [amount(float(one)) + "B" for one in (found.parameters, found.activations, found.cache)]
         bound = "compute" if cost.is_compute_bound(gpu, assumptions, batch=batch, past=context - 1) else "memory"
         start = cost.crossover(gpu, assumptions, past=context - 1)
         since = "never" if start is None else f"batch {start:.0f}"
         lines.append(
-            f"{cost.name:>19} {cost.count:5} {amounts[0]:>9} {amounts[1] + 'B':>11} {amounts[2] + 'B':>11} {amounts[3] + 'B':>9} "
+            f"{cost.name:>19} {cost.count:5} {flops:>9} {moved[0]:>11} {moved[1]:>11} {moved[2]:>9} "
             f"{float(found.intensity):7.1f}  {bound:<8} {since}"
         )
     return "\n".join(lines)
@@ -314,13 +315,21 @@ def _operator(cost: Cost, tied: set[int]) -> Operator:
     parted = cost.name in ("qkv", "feed-forward A", "head")
     split = read + written if main.op == "attention" else (read if is_divided else written if parted else 0)
     element = max(1, (main.output.dtype.bits if main.output.dtype is not None else 8) // 8)
+    attends = main.op == "attention"
     return Operator(
-        cost.name, cost.count, weights, vectors, is_quantizable=is_linear and cost.name != "head", is_table=is_table and tied.isdisjoint(_leaves(launch)),
-        macs=(int(one.flops) - per_key) // 2 if is_linear else 0, macs_per_key=per_key // 2 if main.op == "attention" else 0,
-        whole=read + written - split, split=split,
-        kv=(int(two.cache) - int(one.cache)) // element if main.op == "attention" else 0,
+        cost.name,
+        cost.count,
+        weights,
+        vectors,
+        is_quantizable=is_linear and cost.name != "head",
+        is_table=is_table and tied.isdisjoint(_leaves(launch)),
+        macs=(int(one.flops) - per_key) // 2 if is_linear else 0,
+        macs_per_key=per_key // 2 if attends else 0,
+        whole=read + written - split,
+        split=split,
+        kv=(int(two.cache) - int(one.cache)) // element if attends else 0,
         reduced=written if is_divided else 0,
-    )  # fmt: skip
+    )
 
 
 def _named(name: str, main: Node, size: int) -> dict[str, int]:

@@ -14,13 +14,26 @@ GB = 1 << 30  # of memory, as it is sold
 
 @dataclass(frozen=True)
 class Measured:
-    """What a card was found to do: GB/s of reading alone and of copying (bytes read and written), TFLOP/s of products."""
+    """What a card was found to do; units as in `gpus.toml`.
+
+    Attributes:
+        read_gb_s, copy_gb_s: reading alone, and copying (bytes read and written).
+        tflops, int8_tops, fp8_tflops: large products of 16 bits, int8, E4M3.
+        launch_us: what a kernel takes that has next to nothing to do, one after another in a CUDA graph.
+        int4_codes, nf4_codes, int8_codes: 1e12 weights a second that products of one token undo.
+        int8_cache_gb_s: attention over int8 pages.
+    """
 
     read_gb_s: float
     copy_gb_s: float
     tflops: float
     int8_tops: float | None = None
     fp8_tflops: float | None = None
+    launch_us: float = 2.0
+    int4_codes: float | None = None
+    nf4_codes: float | None = None
+    int8_codes: float | None = None
+    int8_cache_gb_s: float | None = None
 
 
 @dataclass(frozen=True)

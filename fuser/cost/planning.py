@@ -1,6 +1,7 @@
 """The memory plan and the limits of a decode step on a GPU, on paper: what fits, and how long its bytes and products take.
 
-A step takes max(compute, memory) + communication, unless something else is assumed. What is assumed is said by `Assumptions`, and printed with every result.
+A step takes max(compute, memory) + communication, unless something else is assumed. All that is assumed is in `Assumptions`,
+and printed with every result.
 """
 
 import math
