@@ -158,7 +158,7 @@ def costs(program: Program, made: Made, batch: int, context: int) -> list[StepCo
     ]
     folded: list[StepCost] = []
     for count, run in repeated(found, found):
-        layers = made.layers if count == made.made_layers else count
+        layers = made.layers if count == made.made_layers and len(run) > 1 else count
         folded += [StepCost(**{**vars(one), "count": layers}) for one in run]
     return folded
 
