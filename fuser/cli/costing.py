@@ -1,4 +1,4 @@
-"""`fuse plan`: what a model costs, on paper."""
+"""`fuse plan` and `fuse profile`: what a model costs, on paper and measured."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fuser.cli.console import HELP, Verbose, app, counts, failing, lines
+from fuser.cli.console import HELP, KvCache, Verbose, Weights, app, counts, failing, lines
 from fuser.errors import UsageError
 
 STANDARD = "RTX-4090,L40,L4,A100-80G,A30,A40,A10,A2,H100,H200"
@@ -41,6 +41,9 @@ def plan(
     shapes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="More shapes, as shapes.toml states them.")
     ] = None,
+    launches: Annotated[
+        bool, typer.Option("--launches", help="Of each GPU: what every launch asks for, and the step that follows.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; bytes and seconds.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -63,6 +66,9 @@ def plan(
         assumptions = replace(planning.KNOWN[assume], **shares)
         cards = chosen(gpu, known(gpus))
         seqlens = counts(lengths, "--lengths", 1 << 30)
+        if launches:
+            _launches(model, shapes, cards, progress, quantize, kv, dtype, seqlen, batch or 1, assumptions, as_json)
+            return
         progress("read")
         wanted = cost.workload(model, shapes=shapes)
         progress.stop()
@@ -88,3 +94,92 @@ def plan(
                 f"{planning.plans_text(plans)}\n\n{assumptions.text()}"
             )
         )
+
+
+def _launches(
+    model: str, shapes: Path | None, cards: list[Any], progress: Any, quantize: str | None, kv: str, dtype: str, seqlen: int,
+    batch: int, assumptions: Any, as_json: bool,
+) -> None:  # fmt: skip
+    """Prints what each launch of a model asks for, and how long a step takes with these launches."""
+    from fuser.cost import analysis, modules, prediction
+    from fuser.cost.workload import shape_named
+
+    path = Path(model)
+    made = modules.graph_of(path if path.exists() else shape_named(model, shapes), quantize=quantize, note=progress)
+    costs = analysis.scaled(analysis.analyze(made.graph), made)
+    found = [
+        prediction.predict(made, card, batch=batch, context=seqlen, dtype=dtype, kv=kv, assumptions=assumptions)
+        for card in cards
+    ]
+    progress.stop()
+    if as_json:
+        told = {"launches": analysis.formulas(costs), "predictions": [one.to_json() for one in found]}
+        print(json.dumps({"model": made.name, **told}, indent=2))
+        return
+    for card, one in zip(cards, found, strict=True):
+        print(lines(analysis.text(costs, card, assumptions, batch=batch, context=seqlen)), end="\n\n")
+        print(lines(prediction.text(one)), end="\n\n")
+    print(lines(assumptions.text()))
+
+
+@app.command(context_settings=HELP)
+def profile(
+    model: Annotated[str, typer.Argument(help="An ONNX file, or a name, as Llama-2-7B.", show_default=False)],
+    batch: Annotated[str, typer.Option(help="How many sequences at once.")] = "1",
+    context: Annotated[int, typer.Option(min=2, help="Tokens of each sequence, the new one included.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Of a name: bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[
+        str | None, typer.Option(help="Of a name: cuda or cpu; by default a GPU that is there.", show_default=False)
+    ] = None,
+    quantize: Weights = None,
+    kv_cache: KvCache = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="Of a file: of ONNX Runtime.")] = 1,
+    shapes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More shapes, as shapes.toml states them.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw rooflines and bars of the step as one page.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; microseconds, bytes, FLOPs.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure each operator of a decode step on this machine, before and after fusion, repeated layers averaged.
+
+    A file is run by ONNX Runtime on the CPU. Of a name three layers are made, with random weights: eager torch before, emitted
+    kernels after (on the CPU their references). What the machine can do at most is measured first. Exit codes: those of `fuse`.
+    """
+    with failing(quiet=as_json, verbose=verbose) as (_, progress):
+        batches = counts(batch, "--batch", 1024)
+        path = Path(model)
+        if path.exists():
+            if quantize is not None or device == "cuda":
+                raise UsageError("a file is profiled as it is, on the CPU: --quantize and --device are for names")
+            from fuser.cost import on_cpu
+
+            found = [
+                on_cpu.profile(path, batch=size, context=context, threads=threads, note=progress) for size in batches
+            ]
+        else:
+            import torch
+
+            from fuser.cost import launches as on_device
+            from fuser.cost.workload import shape_named
+
+            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            found = [
+                on_device.profile(
+                    shape_named(model, shapes), batch=size, context=context, dtype=dtype, device=place, quantize=quantize,
+                    kv=kv_cache, note=progress,
+                )
+                for size in batches
+            ]  # fmt: skip
+        progress.stop()
+        if html is not None:
+            from fuser.cost import drawing
+            from fuser.exporter import write_text
+
+            write_text(html, drawing.page(found))
+        if as_json:
+            print(json.dumps([one.to_json() for one in found], indent=2))
+        else:
+            print("\n\n".join(lines(one.text()) for one in found))

@@ -4,7 +4,7 @@ Whether a launch is bound by bytes or by arithmetic, and from which batch on, fo
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fuser.codegen.plan import WRITES, Launch, Regime, amount, plan, repeated
 from fuser.codegen.step_inputs import inputs_of, past_of, tokens_of
 from fuser.constants import Constant
 from fuser.cost.gpus import GPU
+from fuser.cost.modules import Made, graph_of
 from fuser.cost.planning import OURS, Assumptions
 from fuser.cost.workload import Operator, Workload
 from fuser.dims import Dim
@@ -97,6 +98,11 @@ def analyze(graph: Graph, regime: Regime = "decode") -> list[Cost]:
             flops, parameters, activations, cache = (dims.substitute(one, known) for one in amounts)
             found.append(Cost(name, launch, flops, parameters, activations, cache, count))
     return found
+
+
+def scaled(costs: Iterable[Cost], made: Made) -> list[Cost]:
+    """Costs of a graph whose few layers stand for a shape's, with the shape's count."""
+    return [replace(cost, count=made.layers) if cost.count == made.made_layers else cost for cost in costs]
 
 
 def _symbols(graph: Graph) -> dict[sympy.Symbol, Dim]:
@@ -259,8 +265,6 @@ def workload_of(path: Path, *, note: Progress | None = None) -> Workload:
     Raises:
         InputError: it cannot be read, or is no decoder that keeps keys and values.
     """
-    from fuser.cost.modules import graph_of
-
     made = graph_of(path, note=note)
     try:
         costs = analyze(made.graph)
