@@ -101,6 +101,20 @@ def test_what_the_figures_of_the_176b_imply() -> None:
     assert held / cache == pytest.approx(1.89, abs=5e-3) and read / cache == pytest.approx(1.35, abs=5e-3)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["7B", "--assume", "talk"],
+        ["176B", "--quantize", "int4", "--tp", "8", "--gpu", "RTX-4090,L40,A100-80G,H100,H200"],
+    ],
+)
+def test_documented_tables_are_what_the_command_prints(arguments: list[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    shown = CliRunner().invoke(app, ["plan", *arguments]).output
+    table = shown[shown.index("       GPU ") :].split("\n\n")[0]
+    assert all(f"    {line}" in page.splitlines() for line in table.splitlines())
+
+
 def test_our_own_assumptions_are_stricter() -> None:
     ours, theirs = (cost.plan("7B", "A100-80G", assumptions=how) for how in (OURS, TALK))
     assert ours.batch == int(ours.capacity) and ours.fits

@@ -256,19 +256,26 @@ def groups(workload: Workload, format: Format | None, dtype: str, assumptions: A
 def cache_text(workload: Workload, kv: str, dtype: str, seqlens: Iterable[int], assumptions: Assumptions) -> str:
     """GB of keys and values by length and number of sequences."""
     batches = (1, 2, 4, 8, 16, 32)
-    lines = [f"{'cache, GB':>16} " + "".join(f"{batch:>9}" for batch in batches) + "  sequences"]
+    unit, giga = _unit(kv_bytes(workload.kv, kv, dtype, assumptions) * 512)
+    lines = [f"{f'cache, {unit}':>16} " + "".join(f"{batch:>9}" for batch in batches) + "  sequences"]
     for seqlen in seqlens:
-        one = kv_bytes(workload.kv, kv, dtype, assumptions) * seqlen / GB
+        one = kv_bytes(workload.kv, kv, dtype, assumptions) * seqlen / giga
         lines.append(f"{seqlen:>9} tokens " + "".join(f"{one * batch:9.2f}" for batch in batches))
     return "\n".join(lines)
 
 
 def weights_text(plan: Plan) -> str:
-    """GB of weights by group."""
+    """Weights by group."""
     total = sum(plan.weights_bytes.values())
-    parts = [f"{name} {size / GB:.2f}" for name, size in plan.weights_bytes.items()]
-    each = f"; {plan.card_weights_bytes / GB:.2f} a card" if plan.cards > 1 else ""
-    return f"weights, GB: {', '.join(parts)}; sum {total / GB:.2f}{each}"
+    unit, giga = _unit(total)
+    parts = [f"{name} {size / giga:.2f}" for name, size in plan.weights_bytes.items()]
+    each = f"; {plan.card_weights_bytes / giga:.2f} a card" if plan.cards > 1 else ""
+    return f"weights, {unit}: {', '.join(parts)}; sum {total / giga:.2f}{each}"
+
+
+def _unit(size: float) -> tuple[str, int]:
+    """In what a size is told, and how many bytes that is: as memory is sold."""
+    return ("MB", GB >> 10) if size < GB / 100 else ("GB", GB)
 
 
 def plans_text(plans: Iterable[Plan]) -> str:

@@ -100,8 +100,8 @@ class Profile:
     def _line(self, one: Measure, total: float) -> str:
         share = one.count * one.us / total
         return (
-            f"{one.name:>34} {one.count:5} {one.launches:8} {one.us:9.1f} {share:6.1%} {one.bytes / 1e6:9.2f} "
-            f"{one.flops / 1e9:8.3f} {one.gb_s:7.0f} {one.tflops:7.3g} {self.share_of_ceiling(one):8.0%}"
+            f"{one.name:>34} {one.count:5} {one.launches:8} {one.us:9.1f} {share:6.1%} {one.bytes / 1e6:9.3g} "
+            f"{one.flops / 1e9:8.3g} {one.gb_s:7.3g} {one.tflops:7.3g} {self.share_of_ceiling(one):8.0%}"
         )
 
 
