@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from fuser import cost
 from fuser.cli import app
 from fuser.cost import OURS, TALK
-from fuser.cost.gpus import GB, known
+from fuser.cost.gpus import GB, card_of, known
 from fuser.cost.planning import kv_bytes
 from fuser.cost.workload import shapes
 from fuser.errors import InputError, UsageError
@@ -195,6 +195,15 @@ def test_bad_tables_of_gpus(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"gpus\.toml"):
         known(path)
+
+
+def test_devices_are_known_by_their_names() -> None:
+    names = {
+        "NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100-80G", "NVIDIA A100-SXM4-40GB": "A100-40G",
+        "NVIDIA GeForce RTX 4090": "RTX-4090", "NVIDIA L40": "L40", "NVIDIA L4": "L4", "NVIDIA GeForce RTX 5090": None,
+    }  # fmt: skip
+    found = {name: card_of(name) for name in names}
+    assert {name: gpu and gpu.name for name, gpu in found.items()} == names
 
 
 def test_plans_refuse_what_cannot_be() -> None:

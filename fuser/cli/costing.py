@@ -183,3 +183,12 @@ def profile(
             print(json.dumps([one.to_json() for one in found], indent=2))
         else:
             print("\n\n".join(lines(one.text()) for one in found))
+            steps = [
+                (one.batch, one.step_us / 1e3, one.predicted_us / 1e3)
+                for one in found
+                if one.step_us and one.predicted_us
+            ]
+            if steps:
+                from fuser.cost.prediction import compared_text
+
+                print("\n" + compared_text((*step, step[2] / step[1] - 1) for step in steps))

@@ -90,6 +90,15 @@ def chosen(names: str | Iterable[str], among: Mapping[str, GPU] | None = None) -
     return found
 
 
+def card_of(device: str) -> GPU | None:
+    """The GPU that a device says it is, by all parts of its name: `NVIDIA A100-SXM4-80GB` is A100-80G."""
+    words = device.replace("-", " ").split()
+    for name, gpu in known().items():
+        if all(part in words or f"{part}B" in words for part in name.split("-")):
+            return gpu
+    return None
+
+
 def text_of(path: Path) -> str:
     """What a file holds.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fuser.codegen.kv_groups import kv_group_of
 from fuser.cost import eager
-from fuser.cost.gpus import known
+from fuser.cost.gpus import card_of
 from fuser.cost.modules import LAYERS, graph_of
 from fuser.cost.prediction import costs, names, predict
 from fuser.cost.profile import Clock, Measure, Profile, cpu_ceilings, timed
@@ -63,19 +63,17 @@ def profile(
     note("measure after")
     bound, inputs = _bound(made.graph, batch, context, dtype, place, kv)
     asked = {cost.name: cost for cost in costs(bound.program, made, batch, context)}
-    after = []
+    after, rest = [], 0.0  # rest: what other layers than those that are made take
     for name, cost in asked.items():
         launches = [one for one, own in zip(bound.launches, names(bound.program), strict=True) if own == name]
         took = clock(lambda i, own=launches: own[i](inputs), len(launches))  # type: ignore[misc]
         after.append(Measure(name, _count(name, len(launches), made.layers), took, cost.bytes, cost.flops))
+        rest += took * (after[-1].count - len(launches))
+    step = clock(lambda i: bound.run(inputs), 1) + rest
     name = torch.cuda.get_device_name(place) if is_gpu else "CPU, reference kernels"
-    card = next((gpu for key, gpu in known().items() if key.split("-")[0] in name.replace("-", " ").split()), None)
-    predicted = (
-        predict(made, card, batch=batch, context=context, dtype=dtype, kv=kv).seconds if card and is_gpu else None
-    )
-    return Profile(
-        shape.name, name, dtype, batch, context, copy, product, before, after, predicted * 1e6 if predicted else None
-    )  # fmt: skip
+    card = card_of(name) if is_gpu else None
+    predicted = predict(made, card, batch=batch, context=context, dtype=dtype, kv=kv).seconds * 1e6 if card else None
+    return Profile(shape.name, name, dtype, batch, context, copy, product, before, after, step, predicted)
 
 
 def _count(name: str, launches: int, layers: int) -> int:
@@ -106,7 +104,7 @@ def _bound(graph: Any, n: int, context: int, dtype: str, place: torch.device, kv
     )  # fmt: skip
     bound = stepper.bound(n, decode=is_gpu, rows=None if is_gpu else n)
     for held in stepper.weights.made.values():
-        if held.is_floating_point() and held.dim() == 2 and held.element_size() > 1:
+        if held.is_floating_point() and held.dim() == 2 and held.element_size() > 1 and 0 not in held.stride():
             held.normal_(std=held.shape[-1] ** -0.5)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": place}
     table = torch.arange(n * blocks, **integers).reshape(n, blocks)

@@ -1,7 +1,7 @@
 """The operator table of a step: what each operator takes before and after fusion, beside what the machine can do at most."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -47,7 +47,8 @@ class Profile:
     Attributes:
         copy_gb_s, product_tflops: what the device reaches, measured in the same run.
         before, after: operators in order; names say what they are for.
-        predicted_us: what a step was predicted to take after fusion, where the device is one that is known.
+        step_us: a step after fusion, its launches in a row: those of the layers that were made, and the others' by their rows.
+        predicted_us: what was predicted of it, where the device is one that is known.
     """
 
     model: str
@@ -59,8 +60,8 @@ class Profile:
     product_tflops: float
     before: list[Measure]
     after: list[Measure]
+    step_us: float | None = None
     predicted_us: float | None = None
-    notes: list[str] = field(default_factory=list)
 
     def share_of_ceiling(self, one: Measure) -> float:
         """Of the copy's bandwidth or the product's rate, whichever it is nearer to."""
@@ -92,10 +93,9 @@ class Profile:
             total = step_us(rows)
             lines += ["", f"{side}: {total / 1e3:.3f} ms, {sum(r.count * r.launches for r in rows)} launches", HEADER]
             lines += [self._line(one, total) for one in rows]
-        if self.predicted_us is not None:
-            off = self.predicted_us / step_us(self.after) - 1
-            lines += ["", f"predicted after fusion: {self.predicted_us / 1e3:.3f} ms ({off:+.1%} of the sum above)"]
-        return "\n".join(lines + self.notes)
+        if self.step_us is not None:
+            lines += ["", f"the step in a row: {self.step_us / 1e3:.3f} ms"]
+        return "\n".join(lines)
 
     def _line(self, one: Measure, total: float) -> str:
         share = one.count * one.us / total
