@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fuser.cli.console import HELP, KvCache, Verbose, Weights, app, counts, failing, lines
-from fuser.errors import UsageError
+from fuser.errors import UnsupportedOperator, UsageError
 
 STANDARD = "RTX-4090,L40,L4,A100-80G,A30,A40,A10,A2,H100,H200"
 
@@ -107,18 +107,25 @@ def _launches(
     path = Path(model)
     made = modules.graph_of(path if path.exists() else shape_named(model, shapes), quantize=quantize, note=progress)
     costs = analysis.scaled(analysis.analyze(made.graph), made)
-    found = [
-        prediction.predict(made, card, batch=batch, context=seqlen, dtype=dtype, kv=kv, assumptions=assumptions)
-        for card in cards
-    ]
+    found, refused = [], ""
+    try:
+        for card in cards:
+            how: dict[str, Any] = {"batch": batch, "context": seqlen, "dtype": dtype, "kv": kv}
+            found.append(prediction.predict(made, card, assumptions=assumptions, **how))
+    except UnsupportedOperator as error:  # there is no program, whose launches could be counted
+        refused = f"no step is predicted: {error}"
     progress.stop()
     if as_json:
-        told = {"launches": analysis.formulas(costs), "predictions": [one.to_json() for one in found]}
+        told = {
+            "launches": analysis.formulas(costs),
+            "predictions": [one.to_json() for one in found],
+            "refused": refused,
+        }
         print(json.dumps({"model": made.name, **told}, indent=2))
         return
-    for card, one in zip(cards, found, strict=True):
+    for i, card in enumerate(cards):
         print(lines(analysis.text(costs, card, assumptions, batch=batch, context=seqlen)), end="\n\n")
-        print(lines(prediction.text(one)), end="\n\n")
+        print(lines(prediction.text(found[i]) if i < len(found) else refused), end="\n\n")
     print(lines(assumptions.text()))
 
 
