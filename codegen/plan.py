@@ -286,6 +286,9 @@ def _flops(node: Node) -> Dim:
             return 0
         T = k.shape[2 if len(k.shape) == 4 else 1]
         return dims.mul(dims.mul(4, _elements(q)), T)
+    if node.is_a("MatMul") and node.inputs[0] is not None:  # of two activations
+        K = (node.inputs[0].shape or (0,))[-1]
+        return dims.mul(dims.mul(2, _elements(node.output)), K)
     if node.op in VIEWS or node.op in ("Gather", "Concat", "cache_write"):
         return 0
     if node.op == "rotary_cache_write":  # of queries and of new keys

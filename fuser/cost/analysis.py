@@ -131,7 +131,7 @@ def roles(launches: Sequence[Launch]) -> list[str]:
             found.append(_product_role(launch, main, made))
         elif main.op in ("rms_norm", "layer_norm"):
             found.append(_norm_role(launch))
-        elif launch.family == "gather":
+        elif launch.family == "gather" and main.inputs[0] is not None and main.inputs[0].constant is not None:
             found.append("embedding")
         else:
             found.append({"rotary_cache_write": "rotary, cache write", "positions": "positions"}.get(main.op, main.op))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fuser import api, dims, importer
+from fuser import api, importer
 from fuser.canonicalize import canonicalize
 from fuser.codegen.plan import NORMS, POSITIONAL, WRITES, Launch, at, plan
 from fuser.cost.analysis import roles
@@ -190,7 +190,4 @@ def _averaged(row: Measure, layers: int) -> Measure:
 def _amounts(node: Node, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Bytes and FLOPs of a node by itself; what has no known shape counts as nothing."""
     alone = Launch("", [("main", node)])
-    flops, x = alone.flops, node.input(0)
-    if node.is_a("MatMul") and x is not None and x.shape:  # a product of activations too
-        flops = dims.mul(dims.mul(2, dims.product(node.output.shape or ())), x.shape[-1])
-    return at(alone.bytes, sizes) or 0, at(flops, sizes) or 0
+    return at(alone.bytes, sizes) or 0, at(alone.flops, sizes) or 0
