@@ -27,6 +27,11 @@ ELEMENTWISE = frozenset(
 )
 ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "gated_mlp"})
 NORMS = frozenset({"rms_norm", "layer_norm"})
+# Operations for each element of the (first) result; of others one. exp, tanh and sqrt are one each.
+OPERATIONS = {
+    "rms_norm": 4, "layer_norm": 7, "silu": 3, "gelu": 5, "gelu_tanh": 9, "gated_mlp": 4, "rotary": 3, "Sigmoid": 3,
+    "fake_quantize": 4,
+}  # fmt: skip
 WRITES = frozenset({"rotary", "rotary_cache_write", "cache_write"})
 POSITIONAL = frozenset({"attention_mask", "rotary_table", "position_ids"})
 
@@ -66,10 +71,15 @@ class Launch:
     @property
     def bytes(self) -> Dim:
         """Bytes read and written, each tensor once, as a function of the graph's sizes; of a past, what is appended."""
-        total: Dim = sum((_bytes(value) for value in self._read()), 0)
-        for value in self.outputs:
-            total = dims.add(total, _written(value))
+        total: Dim = 0
+        for _, size in self.moved:
+            total = dims.add(total, size)
         return total
+
+    @property
+    def moved(self) -> list[tuple[Value, Dim]]:
+        """What is read and written, with its bytes."""
+        return [(v, _bytes(v)) for v in self._read()] + [(v, _written(v)) for v in self.outputs]
 
     def _read(self) -> Iterator[Value]:
         for value in self.inputs:
@@ -250,6 +260,8 @@ def _elements(value: Value) -> Dim:
 
 
 def _bytes(value: Value) -> Dim:
+    if value.constant is not None:
+        return value.constant.stored_bytes  # of codes, where it is quantized
     bits = value.dtype.bits if value.dtype is not None else 0
     return dims.mul(_elements(value), max(1, bits // 8))
 
@@ -274,9 +286,15 @@ def _flops(node: Node) -> Dim:
             return 0
         T = k.shape[2 if len(k.shape) == 4 else 1]
         return dims.mul(dims.mul(4, _elements(q)), T)
-    if node.op in VIEWS or node.op in ("Gather", "Concat"):
+    if node.is_a("MatMul") and node.inputs[0] is not None:  # of two activations
+        K = (node.inputs[0].shape or (0,))[-1]
+        return dims.mul(dims.mul(2, _elements(node.output)), K)
+    if node.op in VIEWS or node.op in ("Gather", "Concat", "cache_write"):
         return 0
-    return _elements(node.output)
+    if node.op == "rotary_cache_write":  # of queries and of new keys
+        turned = dims.add(_elements(node.output), _elements(node.inputs[1]) if node.inputs[1] is not None else 0)
+        return dims.mul(OPERATIONS["rotary"], turned)
+    return dims.mul(OPERATIONS.get(node.op, 1), _elements(node.output))
 
 
 def at(amount: Dim, sizes: Mapping[str, int]) -> int | None:

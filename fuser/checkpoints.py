@@ -53,7 +53,7 @@ def load(folder: Path, config: Any, kind: Any, dtype: torch.dtype | None) -> nn.
     named = dtype or getattr(config, "dtype", None) or torch.float16
     wanted = getattr(torch, named) if isinstance(named, str) else named
     config.dtype = wanted
-    with _Unfilled():
+    with Unfilled():
         module: nn.Module = kind(config)
     tensors = _Tensors.of(folder, module)
     embeddings: Any = getattr(module, "get_output_embeddings", None)
@@ -82,7 +82,7 @@ def load(folder: Path, config: Any, kind: Any, dtype: torch.dtype | None) -> nn.
     return module.eval()
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Within, tensors that are made to be filled, as weights are, have no elements."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,7 +16,7 @@ from fuser.errors import InputError, UsageError
 from fuser.formats import Format, format_of
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.quantized import Codes, Quantized, dequantize, encode, fake_quantize, pack
-from fuser.tensors import tensor_of, to_constant
+from fuser.tensors import Held, tensor_of, to_constant
 
 Model = TypeVar("Model", nn.Module, Graph)
 Note = Callable[[str], None]
@@ -86,6 +86,16 @@ def choices(
 def nearest(name: str, weight: Tensor, format: Format) -> Codes:
     """Codes nearest to the weights."""
     return Codes.of(weight, format)
+
+
+def unfilled(name: str, weight: Tensor, format: Format) -> Codes:
+    """Codes without elements, on `meta`: of a weight that has none, or to see what a model would become."""
+    row = Codes.of(torch.zeros(1, weight.shape[1]), format)
+
+    def rows(one: Tensor) -> Tensor:
+        return torch.empty(len(weight), one.shape[1], dtype=one.dtype, device="meta")
+
+    return Codes(rows(row.packed), rows(row.scales), None if row.zeros is None else rows(row.zeros), format, row.width)
 
 
 def least_squares(name: str, weight: Tensor, format: Format) -> Codes:
@@ -237,18 +247,20 @@ def _module(
 
 
 def _placed(codes: Codes, device: torch.device) -> Codes:
+    if codes.packed.is_meta:
+        return codes
     zeros = None if codes.zeros is None else codes.zeros.to(device)
     return Codes(codes.packed.to(device), codes.scales.to(device), zeros, codes.format, codes.width)
 
 
 def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note) -> Graph:
-    heads = _heads(graph)
+    heads, empty = _heads(graph), rounding is unfilled
     walk = Walk(graph, chosen.windows, device) if chosen.windows and rounding is None else None
     made: dict[tuple[Any, Format], Quantized] = {}
     rounded: dict[tuple[Value, str], Value] = {}
     count = 0
     for node in list(graph.nodes):
-        weight = _weight(node)
+        weight = _weight(node, known=not empty)
         format = chosen.of(node.origin.module, is_head=node in heads) if weight is not None else None
         if weight is None or format is None or any(isinstance(leaf, Quantized) for leaf in weight.leaves()):
             continue
@@ -293,11 +305,12 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: tor
 
 def constant_of(codes: Codes, like: Constant) -> Quantized:
     """Codes as a constant that stands for a weight of the type of another."""
-    zeros = None if codes.zeros is None else to_constant(codes.zeros)
-    return Quantized(to_constant(codes.packed), to_constant(codes.scales), zeros, codes.format, codes.width, like.dtype)
+    held = Held if codes.packed.is_meta else to_constant
+    zeros = None if codes.zeros is None else held(codes.zeros)
+    return Quantized(held(codes.packed), held(codes.scales), zeros, codes.format, codes.width, like.dtype)
 
 
-def _weight(node: Node) -> Constant | None:
+def _weight(node: Node, *, known: bool = False) -> Constant | None:
     """The weight [K, N] of a product of rows with a matrix."""
     if not (node.is_a("MatMul") or node.is_a("packed_linear", FUSER)):
         return None
@@ -306,7 +319,7 @@ def _weight(node: Node) -> Constant | None:
     if found is None and value is not None and value.producer is not None and value.producer.is_a("Transpose"):
         stored = value.producer.inputs[0]
         found = Transposed(stored.constant) if stored is not None and stored.constant is not None else None
-    if found is None or len(found.shape) != 2 or not found.dtype.is_float or not found.is_known:
+    if found is None or len(found.shape) != 2 or not found.dtype.is_float or (known and not found.is_known):
         return None
     return found
 
