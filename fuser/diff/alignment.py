@@ -40,6 +40,11 @@ class Alignment:
     pairs: list[tuple[int, int]] = field(default_factory=list)
     changed: list[Changed] = field(default_factory=list)
 
+    def kept(self) -> Iterator[Changed]:
+        """Nodes outside regions that have a counterpart, those that are the same among them."""
+        yield from (Changed(source, number) for source, number in self.pairs)
+        yield from self.changed
+
 
 class Record(NamedTuple):
     """What a rewrite recorded of a fused node."""
@@ -60,13 +65,14 @@ def recorded(
     """
     found = Alignment()
     taken: set[int] = set()
+    rewritten: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, node in enumerate(after.nodes):
         stands_for = _numbers(node.origin.sources, sources)
         record = records(node)
         if record is not None:
             found.regions.append(Stands(record.kind, (number,), stands_for, record.line, record.error))
         elif len(stands_for) > 1:
-            found.regions.append(Stands(REWRITTEN, (number,), stands_for))
+            rewritten[stands_for].append(number)
         elif stands_for:
             (source,) = stands_for
             text = _difference(before, after, source, number)
@@ -75,6 +81,13 @@ def recorded(
             else:
                 found.pairs.append((source, number))
             taken.add(source)
+    fused = {region.before: place for place, region in enumerate(found.regions)}
+    for stands_for, numbers in rewritten.items():
+        if stands_for in fused:  # what is beside a fused node is of its region
+            region = found.regions[fused[stands_for]]
+            found.regions[fused[stands_for]] = region._replace(after=(*region.after, *numbers))
+        else:
+            found.regions.append(Stands(REWRITTEN, tuple(numbers), stands_for))
     return found
 
 

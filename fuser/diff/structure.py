@@ -41,7 +41,7 @@ def _text(value: object) -> str:
 
 
 def _body_size(attribute: onnx.AttributeProto) -> int:
-    return sum(int(len(body.node)) for body in (attribute.g, *attribute.graphs))
+    return sum(len(body.node) for body in (attribute.g, *attribute.graphs))
 
 
 def constant_text(constant: Constant) -> str:
