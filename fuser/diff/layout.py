@@ -57,10 +57,56 @@ def drawing(
         first, last: boxes without a size that stand for what comes in at the top and what leaves at the bottom.
         ordering: how the order within ranks is found; by default the best there is.
     """
-    if not sizes:
-        return Drawing(2 * MARGIN, 2 * MARGIN, [], [()] * len(edges))
+    centres: list[tuple[float, float]] = [(0.0, 0.0)] * len(sizes)
+    bends: list[tuple[float, ...]] = [()] * len(edges)
+    parts = _parts(len(sizes), edges)
+    drawn = []
+    for vertices, numbers in parts:
+        local = {vertex: number for number, vertex in enumerate(vertices)}
+        ends = [{local[vertex] for vertex in side if vertex in local} for side in (first, last)]
+        links = [(local[a], local[b]) for a, b in (edges[number] for number in numbers)]
+        drawn.append(_drawn([sizes[v] for v in vertices], links, ends[0], ends[1], ordering or best_ordering()))
+    tallest = max((part.height for part in drawn), default=2 * MARGIN)
+    left = top = widest = 0.0
+    placed = sorted(zip(parts, drawn, strict=True), key=lambda pair: -pair[1].height)  # the trunk, then what is beside it
+    for (vertices, numbers), part in placed:
+        if first or last or top + part.height > tallest:  # what comes in or leaves needs the whole height
+            left, top, widest = left + widest, 0.0, 0.0
+        for vertex, (x, y) in zip(vertices, part.centres, strict=True):
+            centres[vertex] = (round(x + left, 1), round(y + top, 1))
+        for number, points in zip(numbers, part.bends, strict=True):
+            moved = (round(c + (top if place % 2 else left), 1) for place, c in enumerate(points))
+            bends[number] = tuple(moved)
+        top, widest = top + part.height, max(widest, part.width)
+    return Drawing(round(left + max(widest, 2 * MARGIN), 1), round(tallest, 1), centres, bends)
+
+
+def _parts(count: int, edges: Sequence[Link]) -> list[tuple[list[int], list[int]]]:
+    """The connected parts: their boxes and their edges, in the order of their first boxes."""
+    roots = list(range(count))
+
+    def root(vertex: int) -> int:
+        while roots[vertex] != vertex:
+            vertex = roots[vertex] = roots[roots[vertex]]
+        return vertex
+
+    for start, end in edges:
+        a, b = sorted((root(start), root(end)))
+        roots[b] = a
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for vertex in range(count):
+        found.setdefault(root(vertex), ([], []))[0].append(vertex)
+    for number, (start, _) in enumerate(edges):
+        found[root(start)][1].append(number)
+    return list(found.values())
+
+
+def _drawn(
+    sizes: Sequence[tuple[float, float]], edges: Sequence[Link], first: set[int], last: set[int], ordering: Ordering
+) -> Drawing:
+    """A connected part."""
     proper = _proper(len(sizes), edges, first, last)
-    proper.ranks = (ordering or best_ordering())(proper.ranks, proper.links)
+    proper.ranks = ordering(proper.ranks, proper.links)
     widths = [width for width, _ in sizes] + [0.0] * sum(map(len, proper.chains))
     xs = _coordinates(proper, widths)
     left = min(x - width / 2 for x, width in zip(xs, widths, strict=True)) - MARGIN
@@ -72,9 +118,9 @@ def drawing(
         for vertex in rank:
             ys[vertex] = top + height / 2
         top += height + GAP_Y
-    points = [(round(x - left, 1), round(y, 1)) for x, y in zip(xs, ys, strict=True)]
+    points = [(x - left, y) for x, y in zip(xs, ys, strict=True)]
     bends = [tuple(c for vertex in chain for c in points[vertex]) for chain in proper.chains]
-    return Drawing(round(right - left, 1), round(top - GAP_Y + MARGIN, 1), points[: len(sizes)], bends)
+    return Drawing(right - left, top - GAP_Y + MARGIN, points[: len(sizes)], bends)
 
 
 def _proper(count: int, edges: Sequence[Link], first: Collection[int], last: Collection[int]) -> _Proper:
