@@ -1,0 +1,340 @@
+// One graph on a canvas. Only what is in view is drawn: from afar boxes without text, from near all of it.
+
+const TEXT_FROM = 0.42, SHAPES_FROM = 0.1; // scales at which text and outlines begin
+const LARGEST = 3, DRAG_FROM = 4, MINIMAP_WIDTH = 64;
+const FONT = "system-ui, sans-serif";
+
+/** The colours of the style sheet, which a canvas cannot take from there by itself. */
+class Colours {
+  constructor() {
+    const style = getComputedStyle(document.documentElement);
+    const names = "paper ground ink quiet line edge frame accent same removed added changed miss found removed-fill added-fill";
+    for (const name of names.split(" ")) this[name] = style.getPropertyValue(`--${name}`).trim();
+    for (const name of ["pale", "mid", "deep"]) this[name] = style.getPropertyValue(`--${name}`).trim();
+  }
+
+  /** A pattern's colour: hues a golden angle apart, as light and strong as the theme wants them. */
+  of(pattern, tone) {
+    return `oklch(${this[tone]} ${(255 + pattern * 137.5) % 360})`;
+  }
+}
+
+class Pane {
+  constructor(page, key) {
+    this.page = page;
+    this.key = key;
+    this.side = page.diff[key];
+    this.scene = new Scene(page.diff, key);
+    this.figure = document.querySelector(`figure[data-side=${key}]`);
+    this.canvas = this.figure.querySelector("canvas.graph");
+    this.map = this.figure.querySelector("canvas.map");
+    this.view = { x: 0, y: 0, scale: 1 }; // the upper left corner in the scene, and px a unit
+    this.context = this.canvas.getContext("2d", { alpha: false });
+    this.pointers = new Map();
+    this.listen();
+  }
+
+  resize() {
+    const { clientWidth, clientHeight } = this.canvas.parentElement;
+    this.ratio = Math.min(2, window.devicePixelRatio || 1) * (this.page.printing ? 2 : 1);
+    this.width = clientWidth;
+    this.height = clientHeight;
+    this.canvas.width = Math.round(clientWidth * this.ratio);
+    this.canvas.height = Math.round(clientHeight * this.ratio);
+    this.drawMap();
+    this.invalidate();
+  }
+
+  invalidate() {
+    this.request ??= requestAnimationFrame(() => {
+      this.request = undefined;
+      this.draw();
+    });
+  }
+
+  // The view.
+
+  /** The scale at which all is seen. */
+  get smallest() {
+    return Math.min(1, (this.width - 16) / this.scene.width, (this.height - 16) / this.scene.height);
+  }
+
+  setView(x, y, scale) {
+    if (!this.width) return;
+    scale = Math.max(this.smallest * 0.8, Math.min(LARGEST, scale));
+    const width = this.width / scale, height = this.height / scale;
+    this.view = { scale, x: within(x, width, this.scene.width), y: within(y, height, this.scene.height) };
+    this.invalidate();
+  }
+
+  fit() {
+    this.setView(0, 0, this.smallest);
+  }
+
+  /** As much as can be read, from the top. */
+  start() {
+    const wide = (this.width - 24) / this.scene.width;
+    this.setView((this.scene.width - this.width / Math.min(1, Math.max(0.6, wide))) / 2, -20, Math.min(1, Math.max(0.6, wide)));
+  }
+
+  zoom(factor, px = this.width / 2, py = this.height / 2) {
+    const { x, y, scale } = this.view, next = Math.max(this.smallest * 0.8, Math.min(LARGEST, scale * factor));
+    this.setView(x + px / scale - px / next, y + py / scale - py / next, next);
+    this.page.follow(this);
+  }
+
+  pan(dx, dy) {
+    const { x, y, scale } = this.view;
+    this.setView(x + dx / scale, y + dy / scale, scale);
+    this.page.follow(this);
+  }
+
+  /** Brings nodes into view, slowly where that is welcome. */
+  reveal(nodes) {
+    const boxes = nodes.map((node) => this.scene.box[node]).filter((box) => box >= 0);
+    if (!boxes.length || !this.width) return;
+    const xs = boxes.map((box) => this.scene.x[box]), ys = boxes.map((box) => this.scene.y[box]);
+    const [left, right, top, bottom] = [Math.min(...xs) - 110, Math.max(...xs) + 110, Math.min(...ys) - 40, Math.max(...ys) + 40];
+    const room = Math.min(this.width / (right - left), this.height / (bottom - top));
+    const scale = Math.max(Math.min(room, Math.max(this.view.scale, 0.8)), 0.3);
+    this.glide({ scale, x: (left + right - this.width / scale) / 2, y: (top + bottom - this.height / scale) / 2 });
+  }
+
+  glide(to) {
+    const from = this.view, began = performance.now(), token = (this.gliding = {});
+    if (this.page.still) return this.setView(to.x, to.y, to.scale);
+    const step = (now) => {
+      if (this.gliding !== token) return;
+      const part = Math.min(1, Math.max(0, (now - began) / 220)), ease = part * (2 - part);
+      const mix = (name) => from[name] + (to[name] - from[name]) * ease;
+      this.setView(mix("x"), mix("y"), mix("scale"));
+      if (part < 1) requestAnimationFrame(step);
+    };
+    requestAnimationFrame(step);
+  }
+
+  // Drawing.
+
+  draw() {
+    if (!this.width) return;
+    const { context: c, ratio, view, page } = this, { scale } = view;
+    this.colours = page.colours;
+    this.seen = { left: view.x, top: view.y, right: view.x + this.width / scale, bottom: view.y + this.height / scale };
+    c.setTransform(1, 0, 0, 1, 0, 0);
+    c.fillStyle = this.colours.paper;
+    c.fillRect(0, 0, this.canvas.width, this.canvas.height);
+    c.setTransform(ratio * scale, 0, 0, ratio * scale, -view.x * ratio * scale, -view.y * ratio * scale);
+    const frames = this.scene.frames.filter((frame) => frame.y < this.seen.bottom && frame.y + frame.scope.height > this.seen.top || frame.fold < 0);
+    this.drawFolds(c, frames, scale);
+    for (const frame of frames) this.inFrame(c, frame, () => this.drawFrame(c, frame, scale));
+    this.drawBoxes(c, scale);
+    if (scale >= TEXT_FROM) for (const frame of frames) this.inFrame(c, frame, () => this.drawHullNames(c, frame));
+    this.drawHighlights(c, scale);
+    this.drawView();
+    page.drawn(this);
+  }
+
+  inFrame(c, frame, draw) {
+    c.save();
+    c.translate(frame.x, frame.y);
+    draw();
+    c.restore();
+  }
+
+  drawFolds(c, frames, scale) {
+    for (const frame of frames) {
+      if (frame.fold < 0) continue;
+      c.fillStyle = this.colours.frame;
+      c.beginPath();
+      c.roundRect(frame.x, frame.y, frame.scope.width, frame.scope.height, 10);
+      c.fill();
+    }
+    this.scene.folds.forEach((fold, index) => fold && this.drawTab(c, fold, index, Math.max(1, Math.min(4, 0.7 / scale))));
+    if (scale < TEXT_FROM) return;
+    c.fillStyle = this.colours.quiet;
+    c.font = `11px ${FONT}`;
+    for (const { fold, layer, x, y } of frames)
+      if (fold >= 0 && this.scene.open[fold]) c.fillText(clip(this.side.layers[layer].label, 60), x + 10, y + 15);
+  }
+
+  drawTab(c, { x, y, width }, fold, zoom) {
+    const { label, layers } = this.side.folds[fold], open = this.scene.open[fold];
+    const shown = open || layers.length < 2 ? "" : `  ·  showing ${clip(this.side.layers[this.scene.shown[fold]].label, 40)}`;
+    const text = `${open ? "▾" : "▸"}  ${clip(label, 40)}  × ${layers.length}${shown}`;
+    c.save();
+    c.translate(x, y);
+    c.scale(zoom, zoom);
+    c.font = `600 11px ${FONT}`;
+    c.textAlign = "left";
+    c.textBaseline = "middle";
+    const room = Math.max(120, width / zoom), wide = Math.min(room, c.measureText(text).width + 20);
+    c.fillStyle = this.colours.frame;
+    c.beginPath();
+    c.roundRect(0, -TAB_HEIGHT, wide, TAB_HEIGHT + 10, 8);
+    c.fill();
+    c.fillStyle = this.colours.ink;
+    c.fillText(text, 10, -TAB_HEIGHT / 2 + 1, wide - 16);
+    c.restore();
+    c.textBaseline = "alphabetic";
+  }
+
+  drawFrame(c, frame, scale) {
+    const scene = this.scene;
+    if (scale >= SHAPES_FROM) for (const hull of scene.hulls(frame)) this.drawHull(c, hull);
+    if (scale < SHAPES_FROM / 2) return; // thinner than what can be seen
+    c.strokeStyle = this.colours.edge;
+    c.lineWidth = Math.max(1, 0.6 / scale);
+    c.globalAlpha = scale < SHAPES_FROM * 2 ? 0.6 : 1;
+    c.stroke(scene.edges(frame));
+    c.globalAlpha = 1;
+  }
+
+  /** Fills over strokes of the same shape: what boxes and edges make together has one outline. */
+  drawHull(c, { region, pattern, boxes, links, size }) {
+    if (this.key === "after" && size < 2) return; // the box itself is coloured
+    const lit = this.page.lit.regions.has(region), faint = this.page.chosen >= 0 && this.page.chosen !== pattern;
+    c.lineJoin = c.lineCap = "round";
+    for (const [tone, grow] of [["mid", lit ? 2.5 : 1], ["pale", 0]]) {
+      c.fillStyle = c.strokeStyle = faint ? (grow ? this.colours.line : this.colours.ground) : this.colours.of(pattern, tone);
+      c.lineWidth = 18 + 2 * grow;
+      c.stroke(links);
+      c.fill(boxes);
+      c.lineWidth = 2 * grow;
+      if (grow) c.stroke(boxes);
+    }
+  }
+
+  drawHullNames(c, frame) {
+    if (this.key === "after") return;
+    c.font = `600 10px ${FONT}`;
+    c.textAlign = "right";
+    for (const { pattern, x, y } of this.scene.hulls(frame)) {
+      c.fillStyle = this.colours.of(pattern, "deep");
+      c.fillText(clip(this.page.diff.patterns[pattern].name, 40), x - HULL - 5, y + 13);
+    }
+    c.textAlign = "left";
+  }
+
+  /** What a box looks like: its fill, its outline, whether that is dashed. */
+  look(node) {
+    const { colours: k, page, side } = this, status = side.status[node], pattern = page.diff.pattern(this.key, node);
+    if (page.chosen >= 0 && page.chosen !== pattern) return [k.paper, k.line, false];
+    if (status === FUSED) return this.key === "after" ? [k.of(pattern, "pale"), k.of(pattern, "deep"), false] : [k.paper, k.of(pattern, "deep"), false];
+    if (status === CHANGED) return [k.paper, k.changed, false];
+    if (status === SAME) return [k.same, k.line, false];
+    return this.key === "before" ? [k["removed-fill"], k.removed, true] : [k["added-fill"], k.added, false];
+  }
+
+  /** The looks by status and pattern: made once a theme, read for each box. */
+  lookOf(node) {
+    const number = this.side.status[node] * 1024 + this.page.diff.pattern(this.key, node) + 1;
+    return (this.looks[number] ??= this.look(node));
+  }
+
+  drawBoxes(c, scale) {
+    const { scene, seen } = this, { x, y, node, size, widths } = scene;
+    const near = scale >= SHAPES_FROM, least = 1.2 / scale, height = Math.max(BOX_HEIGHT, least), visible = [];
+    this.looks = [];
+    let last = null;
+    for (let box = 0; box < size; box++) {
+      if (!(y[box] > seen.top - 30 && y[box] < seen.bottom + 30)) continue;
+      const width = widths[node[box]], left = x[box] - width / 2;
+      if (left > seen.right || left + width < seen.left) continue;
+      if (near) visible.push(box);
+      const look = this.lookOf(node[box]), colour = near ? look[0] : look[0] === this.colours.paper ? look[1] : look[0];
+      if (colour !== last) c.fillStyle = last = colour;
+      if (near) this.drawBox(c, box, look, scale);
+      else c.fillRect(left, y[box] - height / 2, Math.max(width, least), height);
+    }
+    if (scale >= TEXT_FROM) this.drawTexts(c, visible);
+    if (near) for (const box of visible) if (this.side.misses.has(node[box])) this.drawMiss(c, box);
+  }
+
+  drawBox(c, box, [, outline, dashed], scale) {
+    const width = this.scene.widths[this.scene.node[box]], x = this.scene.x[box] - width / 2, y = this.scene.y[box] - BOX_HEIGHT / 2;
+    c.beginPath();
+    if (scale >= TEXT_FROM) c.roundRect(x, y, width, BOX_HEIGHT, 5);
+    else c.rect(x, y, width, BOX_HEIGHT);
+    c.fill();
+    c.strokeStyle = outline;
+    c.lineWidth = Math.max(1, 0.7 / scale);
+    if (dashed && scale >= TEXT_FROM) c.setLineDash([4, 3]);
+    c.stroke();
+    if (dashed) c.setLineDash([]);
+  }
+
+  drawTexts(c, boxes) {
+    const { scene, side, colours } = this;
+    c.textAlign = "center";
+    c.textBaseline = "middle";
+    c.font = `12px ${FONT}`;
+    c.fillStyle = colours.ink;
+    for (const box of boxes) {
+      const node = scene.node[box];
+      c.fillText(side.label(node), scene.x[box], scene.y[box] + 0.5, scene.widths[node] - 8);
+    }
+    c.font = `9px ${FONT}`;
+    for (const box of boxes) if (side.chips(scene.node[box]).length) this.drawChips(c, box);
+    c.textAlign = "left";
+    c.textBaseline = "alphabetic";
+  }
+
+  /** The values that a node reads from afar, as a label at its upper left corner. */
+  drawChips(c, box) {
+    const { scene, side, colours } = this, node = scene.node[box];
+    const text = clip([...new Set(side.chips(node))].map((value) => clip(side.values[value][0], 24)).join(" · "), 40);
+    const room = scene.widths[node] + 6, width = Math.min(room, c.measureText(text).width + 10);
+    const x = scene.x[box] - scene.widths[node] / 2 - 3, y = scene.y[box] - BOX_HEIGHT / 2 - 8;
+    c.fillStyle = colours.paper;
+    c.strokeStyle = colours.edge;
+    c.lineWidth = 1;
+    c.beginPath();
+    c.roundRect(x, y, width, 12, 6);
+    c.fill();
+    c.stroke();
+    c.fillStyle = colours.quiet;
+    c.fillText(text, x + width / 2, y + 6.5, width - 8);
+  }
+
+  drawMiss(c, box) {
+    const { scene, colours } = this, x = scene.x[box] + scene.widths[scene.node[box]] / 2, y = scene.y[box] - BOX_HEIGHT / 2;
+    c.fillStyle = colours.miss;
+    c.beginPath();
+    c.arc(x, y, 7, 0, 7);
+    c.fill();
+    c.fillStyle = colours.paper;
+    c.font = `700 10px ${FONT}`;
+    c.textAlign = "center";
+    c.fillText("!", x, y + 3.5);
+    c.textAlign = "left";
+  }
+
+  drawHighlights(c, scale) {
+    const { page, scene } = this, { lit } = page;
+    for (const node of page.matches[this.key]) this.ring(c, node, this.colours.found, 2 / Math.min(1, scale), 3);
+    for (const node of lit[this.key]) this.ring(c, node, this.colours.accent, 2 / Math.min(1, scale), 2);
+    const selected = page.selected?.side === this.key ? page.selected.node : -1;
+    if (selected < 0) return;
+    this.ring(c, selected, this.colours.accent, 3.5 / Math.min(1, scale), 2.5);
+    const frame = scene.frames.findLast((one) => one.first <= scene.box[selected] && one.fold >= 0 === this.side.position[selected] >= 0 && (one.fold < 0 || this.side.folds[one.fold].layers.includes(this.side.nodes[selected][LAYER])));
+    if (!frame || scale < SHAPES_FROM) return;
+    const own = frame.scope.edges.filter((edge) => scene.box[selected] >= 0 && [edge[0], edge[1]].some((item) => item !== null && item >= 0 && scene.box[scene.nodeAt(frame, item)] === scene.box[selected]));
+    this.inFrame(c, frame, () => {
+      const path = new Path2D();
+      for (const edge of own) curve(path, scene.points(frame, edge));
+      c.strokeStyle = this.colours.accent;
+      c.lineWidth = 2;
+      c.stroke(path);
+    });
+  }
+
+  ring(c, node, colour, width, away) {
+    const { scene } = this, box = scene.box[node];
+    if (box < 0 || !(scene.y[box] > this.seen.top - 30 && scene.y[box] < this.seen.bottom + 30)) return;
+    const wide = scene.widths[scene.node[box]];
+    c.strokeStyle = colour;
+    c.lineWidth = width;
+    c.beginPath();
+    c.roundRect(scene.x[box] - wide / 2 - away, scene.y[box] - BOX_HEIGHT / 2 - away, wide + 2 * away, BOX_HEIGHT + 2 * away, 7);
+    c.stroke();
+  }
