@@ -34,13 +34,13 @@ class Pane {
     this.listen();
   }
 
-  resize() {
-    const { clientWidth, clientHeight } = this.canvas.parentElement;
+  resize(size) {
+    const { clientWidth, clientHeight } = this.canvas.parentElement, { width, height } = size ?? { width: clientWidth, height: clientHeight };
     this.ratio = Math.min(2, window.devicePixelRatio || 1) * (this.page.printing ? 2 : 1);
-    this.width = clientWidth;
-    this.height = clientHeight;
-    this.canvas.width = Math.round(clientWidth * this.ratio);
-    this.canvas.height = Math.round(clientHeight * this.ratio);
+    this.width = width;
+    this.height = height;
+    this.canvas.width = Math.round(width * this.ratio);
+    this.canvas.height = Math.round(height * this.ratio);
     this.drawMap();
     this.invalidate();
   }
@@ -316,9 +316,10 @@ class Pane {
     const selected = page.selected?.side === this.key ? page.selected.node : -1;
     if (selected < 0) return;
     this.ring(c, selected, this.colours.accent, 3.5 / Math.min(1, scale), 2.5);
-    const frame = scene.frames.findLast((one) => one.first <= scene.box[selected] && one.fold >= 0 === this.side.position[selected] >= 0 && (one.fold < 0 || this.side.folds[one.fold].layers.includes(this.side.nodes[selected][LAYER])));
+    const box = scene.box[selected], frame = scene.frames[scene.frame[box]];
     if (!frame || scale < SHAPES_FROM) return;
-    const own = frame.scope.edges.filter((edge) => scene.box[selected] >= 0 && [edge[0], edge[1]].some((item) => item !== null && item >= 0 && scene.box[scene.nodeAt(frame, item)] === scene.box[selected]));
+    const item = frame.fold < 0 ? selected : box - frame.first;
+    const own = frame.scope.edges.filter(([from, to]) => from === item || to === item);
     this.inFrame(c, frame, () => {
       const path = new Path2D();
       for (const edge of own) curve(path, scene.points(frame, edge));
@@ -338,3 +339,115 @@ class Pane {
     c.roundRect(scene.x[box] - wide / 2 - away, scene.y[box] - BOX_HEIGHT / 2 - away, wide + 2 * away, BOX_HEIGHT + 2 * away, 7);
     c.stroke();
   }
+
+  // The map: all of the scene in a strip, and where the view is in it.
+
+  drawMap() {
+    const { scene, ratio, map } = this, height = Math.max(60, Math.min(this.height - 16, 420, scene.height));
+    map.hidden = this.height < 100 || this.width < 200;
+    map.width = MINIMAP_WIDTH * ratio;
+    map.height = height * ratio;
+    map.style.width = `${MINIMAP_WIDTH}px`;
+    map.style.height = `${height}px`;
+    this.strip = document.createElement("canvas"); // what is under the view's frame, drawn once
+    this.strip.width = map.width;
+    this.strip.height = map.height;
+    const c = this.strip.getContext("2d"), sx = map.width / scene.width, sy = map.height / scene.height;
+    this.colours = this.page.colours;
+    this.looks = [];
+    c.fillStyle = this.colours.ground;
+    c.fillRect(0, 0, map.width, map.height);
+    for (let box = 0; box < scene.size; box++) {
+      const node = scene.node[box], width = scene.widths[node], [fill, outline] = this.lookOf(node);
+      c.fillStyle = this.side.status[node] === SAME ? this.colours.edge : fill === this.colours.paper ? outline : fill;
+      c.fillRect((scene.x[box] - width / 2) * sx, (scene.y[box] - BOX_HEIGHT / 2) * sy, Math.max(1, width * sx), Math.max(1, BOX_HEIGHT * sy));
+    }
+  }
+
+  drawView() {
+    const { map, scene, view } = this, c = map.getContext("2d");
+    const sx = map.width / scene.width, sy = map.height / scene.height;
+    c.drawImage(this.strip, 0, 0);
+    c.strokeStyle = this.colours.accent;
+    c.lineWidth = 1.5 * this.ratio;
+    const width = Math.min(map.width - 3, (this.width / view.scale) * sx), height = Math.max(4, (this.height / view.scale) * sy);
+    c.strokeRect(Math.max(1.5, Math.min(map.width - width - 1.5, view.x * sx)), view.y * sy, width, Math.min(height, map.height));
+  }
+
+  // The pointer.
+
+  listen() {
+    const { canvas, map } = this;
+    canvas.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      const lines = event.deltaMode === 1 ? 16 : 1, speed = event.ctrlKey ? 0.01 : 0.0015;
+      if (event.shiftKey) this.pan(event.deltaX * lines, event.deltaY * lines);
+      else this.zoom(Math.exp(-event.deltaY * lines * speed), event.offsetX, event.offsetY);
+    }, { passive: false });
+    canvas.addEventListener("pointerdown", (event) => this.press(event));
+    canvas.addEventListener("pointermove", (event) => this.move(event));
+    canvas.addEventListener("pointerup", (event) => this.release(event));
+    canvas.addEventListener("pointercancel", (event) => this.pointers.delete(event.pointerId));
+    canvas.addEventListener("pointerleave", () => this.page.hover(null));
+    const jump = (event) => {
+      if (!event.buttons) return;
+      const x = (event.offsetX / MINIMAP_WIDTH) * this.scene.width, y = (event.offsetY / map.clientHeight) * this.scene.height;
+      this.setView(x - this.width / this.view.scale / 2, y - this.height / this.view.scale / 2, this.view.scale);
+      this.page.follow(this);
+    };
+    map.addEventListener("pointerdown", jump);
+    map.addEventListener("pointermove", jump);
+  }
+
+  press(event) {
+    this.gliding = null;
+    this.canvas.setPointerCapture(event.pointerId);
+    this.pointers.set(event.pointerId, [event.offsetX, event.offsetY]);
+    this.dragged = this.pointers.size > 1 ? DRAG_FROM : 0;
+  }
+
+  move(event) {
+    const { offsetX: x, offsetY: y } = event, last = this.pointers.get(event.pointerId);
+    if (!last) return this.point(x, y);
+    if (this.pointers.size === 2) this.pinch(event.pointerId, last, [x, y]);
+    this.dragged += Math.abs(x - last[0]) + Math.abs(y - last[1]);
+    this.pointers.set(event.pointerId, [x, y]);
+    if (this.dragged < DRAG_FROM) return;
+    this.canvas.classList.add("dragging");
+    this.pan((last[0] - x) / this.pointers.size, (last[1] - y) / this.pointers.size);
+  }
+
+  pinch(pointer, last, now) {
+    const [, still] = [...this.pointers].find(([id]) => id !== pointer);
+    const apart = (at) => Math.max(10, Math.hypot(at[0] - still[0], at[1] - still[1]));
+    this.zoom(apart(now) / apart(last), (now[0] + still[0]) / 2, (now[1] + still[1]) / 2);
+  }
+
+  release(event) {
+    const held = this.pointers.delete(event.pointerId);
+    this.canvas.classList.remove("dragging");
+    if (held && this.dragged < DRAG_FROM) this.click(event);
+  }
+
+  toScene(x, y) {
+    return [this.view.x + x / this.view.scale, this.view.y + y / this.view.scale];
+  }
+
+  point(x, y) {
+    const box = this.scene.boxAt(...this.toScene(x, y)), node = box < 0 ? -1 : this.scene.node[box];
+    this.canvas.classList.toggle("over", node >= 0 || this.scene.tabAt(...this.toScene(x, y)) >= 0);
+    this.page.hover(node < 0 ? null : { side: this.key, node });
+  }
+
+  click(event) {
+    const at = this.toScene(event.offsetX, event.offsetY), box = this.scene.boxAt(...at), fold = this.scene.tabAt(...at);
+    if (box >= 0) this.page.select({ side: this.key, node: this.scene.node[box] });
+    else if (fold >= 0) this.page.toggle(this.key, fold, event.shiftKey);
+    else this.page.select(null);
+  }
+}
+
+/** A corner such that what is seen holds some of what there is, or all in the middle. */
+function within(corner, seen, all) {
+  return seen >= all + 40 ? (all - seen) / 2 : Math.max(-seen * 0.5, Math.min(all - seen * 0.5, corner));
+}

@@ -23,6 +23,7 @@ class Scene {
     this.x = new Float32Array(size).fill(NaN); // the centre
     this.y = new Float32Array(size).fill(NaN);
     this.node = new Int32Array(size).fill(-1);
+    this.frame = new Int32Array(size); // which frame it stands in
     this.box = new Int32Array(side.nodes.length).fill(-1); // where a node is drawn, or one like it in a folded run
     this.size = 0;
     this.frames = [{ fold: -1, layer: -1, scope: top, x: 0, y: 0, first: 0 }];
@@ -76,6 +77,7 @@ class Scene {
       side.members[layer].forEach((node, position) => {
         this.node[frame.first + position] = node;
         this.box[node] = frame.first + position;
+        this.frame[frame.first + position] = this.frames.length - 1;
       });
       for (const [position, px, py] of scope.places) {
         this.x[frame.first + position] = left + px;
