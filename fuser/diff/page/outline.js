@@ -2,13 +2,13 @@
 
 class Branch {
   constructor(label) {
-    this.label = label;
+    this.label = label; // of a layer, which stands in its stack: the end of its path
     this.branches = new Map(); // modules within, by name, in the order of the graph
     this.leaves = []; // [side, node]
     this.counts = { before: 0, after: 0 };
   }
 
-  branch(label, make = () => new Branch(label)) {
+  branch(label, make = () => new Branch(label.split(".").slice(-2).join("."))) {
     if (!this.branches.has(label)) this.branches.set(label, make());
     return this.branches.get(label);
   }
@@ -129,14 +129,18 @@ class Outline {
     item.firstChild.scrollIntoView({ block: "nearest" });
   }
 
+  /** The entry that stands for a node: what it was fused into, or its source where it was not. */
+  place({ side: key, node }) {
+    const fused = this.page.diff[key].status[node] === FUSED, wanted = fused ? "after" : "before";
+    const [found] = key === wanted ? [node] : this.page.diff.related(key, node, wanted);
+    return found === undefined ? [key, node] : [wanted, found];
+  }
+
   /** Marks the item of what is selected, opening the modules it is in. */
   show(selected) {
     this.tree.querySelector('[aria-selected="true"]')?.removeAttribute("aria-selected");
     if (!selected) return;
-    const { diff } = this.page, fused = selected.side === "before" && diff.related("before", selected.node, "after")[0];
-    const entry = fused >= 0 ? ["after", fused] : [selected.side, selected.node];
-    const twin = entry[0] === "after" && diff.after.status[entry[1]] !== FUSED ? diff.after.partner[entry[1]] : -1;
-    const [key, node] = twin >= 0 ? ["before", twin] : entry;
+    const { diff } = this.page, [key, node] = this.place(selected);
     const source = key === "after" ? diff.related(key, node, "before")[0] : undefined;
     let list = this.tree;
     const labels = source === undefined ? pathOf(diff, key, node) : pathOf(diff, "before", source);

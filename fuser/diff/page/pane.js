@@ -1,7 +1,7 @@
 // One graph on a canvas. Only what is in view is drawn: from afar boxes without text, from near all of it.
 
 const TEXT_FROM = 0.42, SHAPES_FROM = 0.1; // scales at which text and outlines begin
-const LARGEST = 3, DRAG_FROM = 4, MINIMAP_WIDTH = 64;
+const LARGEST = 3, DRAG_FROM = 4, MINIMAP_WIDTH = 48;
 const FONT = "system-ui, sans-serif";
 
 /** The colours of the style sheet, which a canvas cannot take from there by itself. */
@@ -35,11 +35,11 @@ class Pane {
   }
 
   resize(size) {
-    const { clientWidth, clientHeight } = this.canvas.parentElement, { width, height } = size ?? { width: clientWidth, height: clientHeight };
+    const stage = this.canvas.parentElement, { width, height } = size ?? { width: stage.clientWidth - MINIMAP_WIDTH, height: stage.clientHeight };
     this.ratio = Math.min(2, window.devicePixelRatio || 1) * (this.page.printing ? 2 : 1);
-    this.width = width;
+    this.width = Math.max(0, width);
     this.height = height;
-    this.canvas.width = Math.round(width * this.ratio);
+    this.canvas.width = Math.round(this.width * this.ratio);
     this.canvas.height = Math.round(height * this.ratio);
     this.drawMap();
     this.invalidate();
@@ -90,13 +90,13 @@ class Pane {
   }
 
   /** Brings nodes into view, slowly where that is welcome. */
-  reveal(nodes) {
+  reveal(nodes, wanted = Math.max(this.view.scale, 0.8)) {
     const boxes = nodes.map((node) => this.scene.box[node]).filter((box) => box >= 0);
     if (!boxes.length || !this.width) return;
     const xs = boxes.map((box) => this.scene.x[box]), ys = boxes.map((box) => this.scene.y[box]);
     const [left, right, top, bottom] = [Math.min(...xs) - 110, Math.max(...xs) + 110, Math.min(...ys) - 40, Math.max(...ys) + 40];
     const room = Math.min(this.width / (right - left), this.height / (bottom - top));
-    const scale = Math.max(Math.min(room, Math.max(this.view.scale, 0.8)), 0.3);
+    const scale = Math.max(Math.min(room, wanted), 0.3);
     this.glide({ scale, x: (left + right - this.width / scale) / 2, y: (top + bottom - this.height / scale) / 2 });
   }
 
@@ -124,7 +124,7 @@ class Pane {
     c.fillStyle = this.colours.paper;
     c.fillRect(0, 0, this.canvas.width, this.canvas.height);
     c.setTransform(ratio * scale, 0, 0, ratio * scale, -view.x * ratio * scale, -view.y * ratio * scale);
-    const frames = this.scene.frames.filter((frame) => frame.y < this.seen.bottom && frame.y + frame.scope.height > this.seen.top || frame.fold < 0);
+    const frames = this.scene.frames.filter((frame) => frame.y - FOLD_HEADER < this.seen.bottom && frame.y + frame.scope.height + FOLD_PADDING > this.seen.top || frame.fold < 0);
     this.drawFolds(c, frames, scale);
     for (const frame of frames) this.inFrame(c, frame, () => this.drawFrame(c, frame, scale));
     this.drawBoxes(c, scale);
@@ -142,40 +142,24 @@ class Pane {
   }
 
   drawFolds(c, frames, scale) {
-    for (const frame of frames) {
-      if (frame.fold < 0) continue;
-      c.fillStyle = this.colours.frame;
+    const { scene, side, colours } = this;
+    for (const { fold, layer, scope, x, y } of frames) {
+      if (fold < 0) continue;
+      c.fillStyle = colours.frame;
       c.beginPath();
-      c.roundRect(frame.x, frame.y, frame.scope.width, frame.scope.height, 10);
+      c.roundRect(x - FOLD_PADDING, y - FOLD_HEADER, scope.width + 2 * FOLD_PADDING, scope.height + FOLD_HEADER + FOLD_PADDING, 10);
       c.fill();
+      if (scale < TEXT_FROM * 0.7) continue;
+      const { label, layers } = side.folds[fold], own = clip(side.layers[layer].label, 40), open = scene.open[fold];
+      const run = layers.length > 1 && (!open || layer === layers[0]) ? `${open ? "▾" : "▸"}  ${clip(label, 40)}  × ${layers.length}` : "";
+      c.font = `600 11px ${FONT}`;
+      c.fillStyle = colours.ink;
+      c.fillText(run, x, y - 8, scope.width);
+      const taken = run ? c.measureText(run).width + 12 : 0;
+      c.font = `11px ${FONT}`;
+      c.fillStyle = colours.quiet;
+      if (taken + 60 < scope.width) c.fillText(own, x + taken, y - 8, scope.width - taken);
     }
-    this.scene.folds.forEach((fold, index) => fold && this.drawTab(c, fold, index, Math.max(1, Math.min(4, 0.7 / scale))));
-    if (scale < TEXT_FROM) return;
-    c.fillStyle = this.colours.quiet;
-    c.font = `11px ${FONT}`;
-    for (const { fold, layer, x, y } of frames)
-      if (fold >= 0 && this.scene.open[fold]) c.fillText(clip(this.side.layers[layer].label, 60), x + 10, y + 15);
-  }
-
-  drawTab(c, { x, y, width }, fold, zoom) {
-    const { label, layers } = this.side.folds[fold], open = this.scene.open[fold];
-    const shown = open || layers.length < 2 ? "" : `  ·  showing ${clip(this.side.layers[this.scene.shown[fold]].label, 40)}`;
-    const text = `${open ? "▾" : "▸"}  ${clip(label, 40)}  × ${layers.length}${shown}`;
-    c.save();
-    c.translate(x, y);
-    c.scale(zoom, zoom);
-    c.font = `600 11px ${FONT}`;
-    c.textAlign = "left";
-    c.textBaseline = "middle";
-    const room = Math.max(120, width / zoom), wide = Math.min(room, c.measureText(text).width + 20);
-    c.fillStyle = this.colours.frame;
-    c.beginPath();
-    c.roundRect(0, -TAB_HEIGHT, wide, TAB_HEIGHT + 10, 8);
-    c.fill();
-    c.fillStyle = this.colours.ink;
-    c.fillText(text, 10, -TAB_HEIGHT / 2 + 1, wide - 16);
-    c.restore();
-    c.textBaseline = "alphabetic";
   }
 
   drawFrame(c, frame, scale) {
@@ -215,14 +199,14 @@ class Pane {
     c.textAlign = "left";
   }
 
-  /** What a box looks like: its fill, its outline, whether that is dashed. */
+  /** What a box looks like: its fill, its outline, whether that is dashed, and its colour from afar. */
   look(node) {
     const { colours: k, page, side } = this, status = side.status[node], pattern = page.diff.pattern(this.key, node);
-    if (page.chosen >= 0 && page.chosen !== pattern) return [k.paper, k.line, false];
-    if (status === FUSED) return this.key === "after" ? [k.of(pattern, "pale"), k.of(pattern, "deep"), false] : [k.paper, k.of(pattern, "deep"), false];
-    if (status === CHANGED) return [k.paper, k.changed, false];
-    if (status === SAME) return [k.same, k.line, false];
-    return this.key === "before" ? [k["removed-fill"], k.removed, true] : [k["added-fill"], k.added, false];
+    if (page.chosen >= 0 && page.chosen !== pattern) return [k.paper, k.line, false, k.line];
+    if (status === FUSED) return [this.key === "after" ? k.of(pattern, "pale") : k.paper, k.of(pattern, "deep"), false, k.of(pattern, "mid")];
+    if (status === CHANGED) return [k.paper, k.changed, false, k.changed];
+    if (status === SAME) return [k.same, k.line, false, k.edge];
+    return this.key === "before" ? [k["removed-fill"], k.removed, true, k.removed] : [k["added-fill"], k.added, false, k.added];
   }
 
   /** The looks by status and pattern: made once a theme, read for each box. */
@@ -241,7 +225,7 @@ class Pane {
       const width = widths[node[box]], left = x[box] - width / 2;
       if (left > seen.right || left + width < seen.left) continue;
       if (near) visible.push(box);
-      const look = this.lookOf(node[box]), colour = near ? look[0] : look[0] === this.colours.paper ? look[1] : look[0];
+      const look = this.lookOf(node[box]), colour = look[near ? 0 : 3];
       if (colour !== last) c.fillStyle = last = colour;
       if (near) this.drawBox(c, box, look, scale);
       else c.fillRect(left, y[box] - height / 2, Math.max(width, least), height);
@@ -343,8 +327,7 @@ class Pane {
   // The map: all of the scene in a strip, and where the view is in it.
 
   drawMap() {
-    const { scene, ratio, map } = this, height = Math.max(60, Math.min(this.height - 16, 420, scene.height));
-    map.hidden = this.height < 100 || this.width < 200;
+    const { scene, ratio, map } = this, height = Math.max(1, this.height);
     map.width = MINIMAP_WIDTH * ratio;
     map.height = height * ratio;
     map.style.width = `${MINIMAP_WIDTH}px`;
@@ -358,8 +341,8 @@ class Pane {
     c.fillStyle = this.colours.ground;
     c.fillRect(0, 0, map.width, map.height);
     for (let box = 0; box < scene.size; box++) {
-      const node = scene.node[box], width = scene.widths[node], [fill, outline] = this.lookOf(node);
-      c.fillStyle = this.side.status[node] === SAME ? this.colours.edge : fill === this.colours.paper ? outline : fill;
+      const node = scene.node[box], width = scene.widths[node];
+      c.fillStyle = this.lookOf(node)[3];
       c.fillRect((scene.x[box] - width / 2) * sx, (scene.y[box] - BOX_HEIGHT / 2) * sy, Math.max(1, width * sx), Math.max(1, BOX_HEIGHT * sy));
     }
   }
@@ -435,12 +418,12 @@ class Pane {
 
   point(x, y) {
     const box = this.scene.boxAt(...this.toScene(x, y)), node = box < 0 ? -1 : this.scene.node[box];
-    this.canvas.classList.toggle("over", node >= 0 || this.scene.tabAt(...this.toScene(x, y)) >= 0);
+    this.canvas.classList.toggle("over", node >= 0 || this.scene.headerAt(...this.toScene(x, y)) >= 0);
     this.page.hover(node < 0 ? null : { side: this.key, node });
   }
 
   click(event) {
-    const at = this.toScene(event.offsetX, event.offsetY), box = this.scene.boxAt(...at), fold = this.scene.tabAt(...at);
+    const at = this.toScene(event.offsetX, event.offsetY), box = this.scene.boxAt(...at), fold = this.scene.headerAt(...at);
     if (box >= 0) this.page.select({ side: this.key, node: this.scene.node[box] });
     else if (fold >= 0) this.page.toggle(this.key, fold, event.shiftKey);
     else this.page.select(null);

@@ -122,7 +122,8 @@ class Details {
   }
 
   link(key, node) {
-    const side = this.page.diff[key], button = make("button", { type: "button" }, plain(`${side.label(node)}  ${clip(side.nodes[node][NAME], 80)}`));
+    const side = this.page.diff[key], button = make("button", { type: "button" },
+      make("strong", { textContent: side.label(node) }), make("span", { className: "name", textContent: clip(side.nodes[node][NAME], 80) }));
     button.addEventListener("click", () => this.page.select({ side: key, node }, { from: this }));
     button.addEventListener("pointerenter", () => this.page.hover({ side: key, node }));
     button.addEventListener("pointerleave", () => this.page.hover(null));

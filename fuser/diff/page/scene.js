@@ -1,9 +1,11 @@
 // Where everything of one side stands: a scene is flat arrays of boxes, and frames: the top scope, and one for each layer
 // that is drawn. A folded run of layers has one frame, of the layer that is shown; an unfolded one has a frame a layer.
 
-const BOX_HEIGHT = 20, TAB_HEIGHT = 18, LAYER_GAP = 30, HULL = 7;
+const BOX_HEIGHT = 20, FOLD_PADDING = 12, FOLD_HEADER = 24; // px, as in fuser/diff/document.py
+const LAYER_GAP = 10, HULL = 7;
 
-const boxWidth = (label) => Math.max(40, Math.min(200, 7 * label.length + 12));
+const boxWidth = (label) => Math.max(40, Math.min(200, 7 * label.length + 14));
+const period = (scope) => scope.height + FOLD_HEADER + FOLD_PADDING + LAYER_GAP; // from one unfolded layer to the next
 
 class Scene {
   constructor(diff, key) {
@@ -52,13 +54,13 @@ class Scene {
     this.shifts = [];
     for (const [item, , y] of top.places) {
       if (item >= 0 || !this.open[-1 - item]) continue;
-      const { height } = this.scope(-1 - item), more = this.side.folds[-1 - item].layers.length - 1;
-      this.shifts.push([y + height / 2, more * (height + LAYER_GAP)]);
+      const scope = this.scope(-1 - item), more = this.side.folds[-1 - item].layers.length - 1;
+      this.shifts.push([y, more * period(scope)]);
     }
   }
 
   shifted(y) {
-    return this.shifts.reduce((sum, [bottom, extra]) => (y >= bottom ? sum + extra : sum), y);
+    return this.shifts.reduce((sum, [middle, extra]) => (y > middle ? sum + extra : sum), y);
   }
 
   put(node, x, y) {
@@ -70,9 +72,9 @@ class Scene {
 
   putFold(fold, x, y, layers) {
     const { side } = this, scope = this.scope(fold);
-    const left = x - scope.width / 2, top = this.shifted(y - scope.height / 2);
+    const left = x - scope.width / 2, top = this.shifted(y) - (scope.height + FOLD_HEADER + FOLD_PADDING) / 2;
     layers.forEach((layer, number) => {
-      const frame = { fold, layer, scope, x: left, y: top + number * (scope.height + LAYER_GAP), first: this.size };
+      const frame = { fold, layer, scope, x: left, y: top + FOLD_HEADER + number * period(scope), first: this.size };
       this.frames.push(frame);
       side.members[layer].forEach((node, position) => {
         this.node[frame.first + position] = node;
@@ -86,8 +88,8 @@ class Scene {
       this.size += side.members[layer].length;
     });
     if (!this.open[fold]) this.standIn(fold);
-    const bottom = this.frames.at(-1).y + scope.height;
-    this.folds[fold] = { x: left, y: top, width: scope.width, height: bottom - top };
+    const bottom = this.frames.at(-1).y + scope.height + FOLD_PADDING;
+    this.folds[fold] = { x: left - FOLD_PADDING, y: top, width: scope.width + 2 * FOLD_PADDING, height: bottom - top };
   }
 
   /** Nodes of the layers that are not drawn are found where their like in the shown layer is. */
@@ -113,7 +115,7 @@ class Scene {
   end(frame, item, direction) {
     if (item < 0) {
       const { x, y, width, height } = this.folds[-1 - item];
-      return [x + width / 2, direction > 0 ? y + height : y - TAB_HEIGHT];
+      return [x + width / 2, direction > 0 ? y + height : y];
     }
     const box = frame.fold < 0 ? this.box[item] : frame.first + item;
     return [this.x[box] - frame.x, this.y[box] - frame.y + (direction * BOX_HEIGHT) / 2];
@@ -180,9 +182,9 @@ class Scene {
     return -1;
   }
 
-  /** The run of layers whose tab is at a place, or -1. */
-  tabAt(x, y) {
-    return this.folds.findIndex((fold) => fold && x >= fold.x && x <= fold.x + fold.width && y <= fold.y && y >= fold.y - TAB_HEIGHT);
+  /** The run of layers whose header is at a place, or -1. */
+  headerAt(x, y) {
+    return this.folds.findIndex((fold) => fold && x >= fold.x && x <= fold.x + fold.width && y >= fold.y && y <= fold.y + FOLD_HEADER);
   }
 }
 

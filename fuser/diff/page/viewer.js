@@ -78,10 +78,11 @@ class Page {
     this.outline.show(entry);
     if (!entry) return;
     if (this.mode !== "both" && this.mode !== entry.side && !this.lit[this.mode]?.length) this.setMode(entry.side);
+    const scale = Math.max(0.8, this.panes[entry.side].view.scale);
     for (const pane of this.shownPanes) {
       const nodes = pane.key === entry.side ? [...this.lit[pane.key], entry.node] : this.lit[pane.key];
       this.showLayers(pane, nodes);
-      if (from || pane.key !== entry.side) pane.reveal(nodes);
+      if (from || pane.key !== entry.side) pane.reveal(nodes, scale);
     }
   }
 
