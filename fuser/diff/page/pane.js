@@ -1,6 +1,6 @@
 // One graph on a canvas. Only what is in view is drawn: from afar boxes without text, from near all of it.
 
-const TEXT_FROM = 0.42, SHAPES_FROM = 0.1; // scales at which text and outlines begin
+const TEXT_FROM = 0.42, CHIPS_FROM = 0.6, SHAPES_FROM = 0.1; // scales at which text, small text and outlines begin
 const LARGEST = 3, DRAG_FROM = 4, MINIMAP_WIDTH = 48;
 const FONT = "system-ui, sans-serif";
 
@@ -28,6 +28,7 @@ class Pane {
     this.figure = document.querySelector(`figure[data-side=${key}]`);
     this.canvas = this.figure.querySelector("canvas.graph");
     this.map = this.figure.querySelector("canvas.map");
+    this.width = this.height = 0;
     this.view = { x: 0, y: 0, scale: 1 }; // the upper left corner in the scene, and px a unit
     this.context = this.canvas.getContext("2d", { alpha: false });
     this.pointers = new Map();
@@ -71,10 +72,19 @@ class Pane {
     this.setView(0, 0, this.smallest);
   }
 
-  /** As much as can be read, from the top. */
-  start() {
-    const wide = (this.width - 24) / this.scene.width;
-    this.setView((this.scene.width - this.width / Math.min(1, Math.max(0.6, wide))) / 2, -20, Math.min(1, Math.max(0.6, wide)));
+  /** The first layers, or all where there are none. */
+  get beginning() {
+    return this.scene.folds[0] ?? { x: 0, width: this.scene.width };
+  }
+
+  /** The scale at which their width is seen, and can be read. */
+  get readable() {
+    return Math.min(1, Math.max(0.6, (this.width - 24) / this.beginning.width));
+  }
+
+  start(scale) {
+    const { x, width } = this.beginning;
+    this.setView(x + (width - this.width / scale) / 2, -20, scale);
   }
 
   zoom(factor, px = this.width / 2, py = this.height / 2) {
@@ -89,14 +99,16 @@ class Pane {
     this.page.follow(this);
   }
 
-  /** Brings nodes into view, slowly where that is welcome. */
+  /** Brings nodes into view, slowly where that is welcome; of those far apart the most that can be read at once. */
   reveal(nodes, wanted = Math.max(this.view.scale, 0.8)) {
-    const boxes = nodes.map((node) => this.scene.box[node]).filter((box) => box >= 0);
-    if (!boxes.length || !this.width) return;
-    const xs = boxes.map((box) => this.scene.x[box]), ys = boxes.map((box) => this.scene.y[box]);
-    const [left, right, top, bottom] = [Math.min(...xs) - 110, Math.max(...xs) + 110, Math.min(...ys) - 40, Math.max(...ys) + 40];
-    const room = Math.min(this.width / (right - left), this.height / (bottom - top));
-    const scale = Math.max(Math.min(room, wanted), 0.3);
+    const { x, y, box } = this.scene, found = nodes.map((node) => box[node]).filter((one) => one >= 0).sort((a, b) => y[a] - y[b]);
+    if (!found.length || !this.width) return;
+    const most = (this.height - 80) / TEXT_FROM, wide = (this.width - 80) / TEXT_FROM;
+    const windows = found.map((first) => found.filter((one) => y[one] >= y[first] && y[one] - y[first] <= most && Math.abs(x[one] - x[first]) <= wide));
+    const boxes = windows.reduce((best, one) => (one.length > best.length ? one : best));
+    const xs = boxes.map((one) => x[one]), [top, bottom] = [y[boxes[0]] - 40, y[boxes.at(-1)] + 40];
+    const [left, right] = [Math.min(...xs) - 110, Math.max(...xs) + 110];
+    const scale = Math.max(TEXT_FROM, Math.min(wanted, this.width / (right - left), this.height / (bottom - top)));
     this.glide({ scale, x: (left + right - this.width / scale) / 2, y: (top + bottom - this.height / scale) / 2 });
   }
 
@@ -190,13 +202,19 @@ class Pane {
 
   drawHullNames(c, frame) {
     if (this.key === "after") return;
+    const taken = []; // where names are: of two at one place the first is drawn
     c.font = `600 10px ${FONT}`;
-    c.textAlign = "right";
+    c.lineWidth = 3;
+    c.lineJoin = "round";
+    c.strokeStyle = frame.fold < 0 ? this.colours.paper : this.colours.frame;
     for (const { pattern, x, y } of this.scene.hulls(frame)) {
+      const name = clip(this.page.diff.patterns[pattern].name, 40), end = x + c.measureText(name).width + 4;
+      if (taken.some((other) => other.y === y && x < other.end && end > other.x)) continue;
+      taken.push({ x, y, end });
       c.fillStyle = this.colours.of(pattern, "deep");
-      c.fillText(clip(this.page.diff.patterns[pattern].name, 40), x - HULL - 5, y + 13);
+      c.strokeText(name, x - HULL + 2, y - HULL - 4);
+      c.fillText(name, x - HULL + 2, y - HULL - 4);
     }
-    c.textAlign = "left";
   }
 
   /** What a box looks like: its fill, its outline, whether that is dashed, and its colour from afar. */
@@ -231,6 +249,7 @@ class Pane {
       else c.fillRect(left, y[box] - height / 2, Math.max(width, least), height);
     }
     if (scale >= TEXT_FROM) this.drawTexts(c, visible);
+    if (scale >= CHIPS_FROM) this.drawChips(c, visible);
     if (near) for (const box of visible) if (this.side.misses.has(node[box])) this.drawMiss(c, box);
   }
 
@@ -257,17 +276,20 @@ class Pane {
       const node = scene.node[box];
       c.fillText(side.label(node), scene.x[box], scene.y[box] + 0.5, scene.widths[node] - 8);
     }
-    c.font = `9px ${FONT}`;
-    for (const box of boxes) if (side.chips(scene.node[box]).length) this.drawChips(c, box);
     c.textAlign = "left";
     c.textBaseline = "alphabetic";
   }
 
+  drawChips(c, boxes) {
+    c.font = `9px ${FONT}`;
+    for (const box of boxes) if (this.side.chips(this.scene.node[box]).length) this.drawChip(c, box);
+  }
+
   /** The values that a node reads from afar, as a label at its upper left corner. */
-  drawChips(c, box) {
+  drawChip(c, box) {
     const { scene, side, colours } = this, node = scene.node[box];
-    const text = clip([...new Set(side.chips(node))].map((value) => clip(side.values[value][0], 24)).join(" · "), 40);
-    const room = scene.widths[node] + 6, width = Math.min(room, c.measureText(text).width + 10);
+    const room = scene.widths[node] + 6, names = [...new Set(side.chips(node))].map((value) => clip(side.values[value][0], 24));
+    const text = clip(names.join(" · "), Math.floor(room / 5)), width = Math.min(room, c.measureText(text).width + 10);
     const x = scene.x[box] - scene.widths[node] / 2 - 3, y = scene.y[box] - BOX_HEIGHT / 2 - 8;
     c.fillStyle = colours.paper;
     c.strokeStyle = colours.edge;
@@ -277,7 +299,7 @@ class Pane {
     c.fill();
     c.stroke();
     c.fillStyle = colours.quiet;
-    c.fillText(text, x + width / 2, y + 6.5, width - 8);
+    c.fillText(text, x + 5, y + 9, width - 10);
   }
 
   drawMiss(c, box) {
@@ -340,6 +362,8 @@ class Pane {
     this.looks = [];
     c.fillStyle = this.colours.ground;
     c.fillRect(0, 0, map.width, map.height);
+    c.fillStyle = this.colours.paper;
+    for (const { x, y, width, height } of scene.folds.filter(Boolean)) c.fillRect(x * sx, y * sy, width * sx, height * sy);
     for (let box = 0; box < scene.size; box++) {
       const node = scene.node[box], width = scene.widths[node];
       c.fillStyle = this.lookOf(node)[3];

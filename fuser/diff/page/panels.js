@@ -15,7 +15,6 @@ const code = (text) => make("code", { textContent: clip(text, LONGEST) });
 
 function showSummary({ diff }) {
   document.title = clip(diff.title, 120);
-  document.querySelector("#title").textContent = clip(diff.title, 200);
   for (const key of SIDES) document.querySelector(`#name-${key}`).textContent = clip(diff[key].name, 200);
   document.querySelector("#cards").append(...diff.summary.map(({ label, before, after, note }) => {
     const both = before && after && before !== after;

@@ -2,7 +2,7 @@
 // that is drawn. A folded run of layers has one frame, of the layer that is shown; an unfolded one has a frame a layer.
 
 const BOX_HEIGHT = 20, FOLD_PADDING = 12, FOLD_HEADER = 24; // px, as in fuser/diff/document.py
-const LAYER_GAP = 10, HULL = 7;
+const LAYER_GAP = 10, HULL = 7, LONGEST_LINK = 400; // a longer edge is no part of a hull
 
 const boxWidth = (label) => Math.max(40, Math.min(200, 7 * label.length + 14));
 const period = (scope) => scope.height + FOLD_HEADER + FOLD_PADDING + LAYER_GAP; // from one unfolded layer to the next
@@ -164,7 +164,9 @@ class Scene {
     const from = this.nodeAt(frame, edge[0]), to = this.nodeAt(frame, edge[1]);
     const shared = (from >= 0 && to >= 0 && this.side.regions.get(to)) || [];
     for (const region of shared) {
-      if (this.side.regions.get(from)?.includes(region)) curve(hulls.get(region).links, this.points(frame, edge));
+      if (!this.side.regions.get(from)?.includes(region)) continue;
+      const points = this.points(frame, edge);
+      if (points.at(-1) - points[1] <= LONGEST_LINK) curve(hulls.get(region).links, points);
     }
   }
 

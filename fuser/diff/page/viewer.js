@@ -35,10 +35,15 @@ class Page {
 
   resized(pane) {
     if (this.printing) return;
+    const first = !pane.width;
     pane.resize();
-    if (!pane.width || pane.started) return;
-    pane.started = true;
-    pane.start();
+    if (first && pane.width) this.start();
+  }
+
+  /** The beginning of what is shown, in both graphs at one scale. */
+  start() {
+    const panes = this.shownPanes.filter((pane) => pane.width), scale = Math.min(...panes.map((pane) => pane.readable));
+    for (const pane of panes) pane.start(scale);
   }
 
   redraw() {
@@ -260,9 +265,10 @@ class Page {
   findAnchors() {
     const { before, after } = this.panes, points = [];
     for (let box = 0; box < after.scene.size; box++) {
-      const sources = this.diff.related("after", after.scene.node[box], "before").map((node) => before.scene.y[before.scene.box[node]]);
-      const known = sources.filter((y) => y >= 0);
-      if (known.length) points.push([known.reduce((sum, y) => sum + y, 0) / known.length, after.scene.y[box]]);
+      if (after.scene.frames[after.scene.frame[box]].fold < 0) continue; // in no layer: what shares work is spread out
+      const sources = this.diff.related("after", after.scene.node[box], "before").filter((node) => before.side.position[node] >= 0);
+      const ys = sources.map((node) => before.scene.y[before.scene.box[node]]);
+      if (ys.length) points.push([Math.min(...ys), after.scene.y[box]]);
     }
     points.sort((a, b) => a[1] - b[1]);
     for (let i = 1; i < points.length; i++) points[i][0] = Math.max(points[i][0], points[i - 1][0]);
