@@ -1,0 +1,185 @@
+// The outline: modules, in them operators, and in a fused one what it stands for. It is also the accessible form of the graphs.
+
+class Branch {
+  constructor(label) {
+    this.label = label; // of a layer, which stands in its stack: the end of its path
+    this.branches = new Map(); // modules within, by name, in the order of the graph
+    this.leaves = []; // [side, node]
+    this.counts = { before: 0, after: 0 };
+  }
+
+  branch(label, make = () => new Branch(label.split(".").slice(-2).join("."))) {
+    if (!this.branches.has(label)) this.branches.set(label, make());
+    return this.branches.get(label);
+  }
+}
+
+/** All modules of both sides as one tree; what has a source stands where its source does. */
+function outlineOf(diff) {
+  const root = new Branch("");
+  const add = (key, node, [atKey, at] = [key, node]) => {
+    const path = pathOf(diff, atKey, at).reduce((path, label) => [...path, path.at(-1).branch(label)], [root]);
+    for (const branch of path) branch.counts[key]++;
+    return path.at(-1);
+  };
+  const placed = new Set();
+  diff.before.nodes.forEach((_, node) => {
+    const branch = add("before", node), regions = diff.before.regions.get(node);
+    if (!regions) return branch.leaves.push(["before", node]);
+    for (const after of regions.flatMap((region) => diff.regions[region].after)) {
+      if (!placed.has(after)) branch.leaves.push(["after", after]);
+      placed.add(after);
+    }
+  });
+  diff.after.nodes.forEach((_, node) => {
+    const source = diff.related("after", node, "before")[0];
+    const branch = add("after", node, source === undefined ? ["after", node] : ["before", source]);
+    if (source === undefined) branch.leaves.push(["after", node]);
+  });
+  return root;
+}
+
+/** The names from the top to a node: the stack of its layer, the run, the layer, the modules within. */
+function pathOf(diff, key, node) {
+  const side = diff[key], layer = side.layers[side.nodes[node][LAYER]], module = diff.module(key, node);
+  if (!layer) return module ? module.split(".") : [];
+  const fold = side.folds[layer.fold], inside = module.startsWith(`${layer.label}.`) ? module.slice(layer.label.length + 1) : "";
+  const stack = layer.label.split(".").slice(0, -1);
+  const run = fold.layers.length > 1 ? [`${fold.label.slice(stack.join(".").length).replace(/^\./, "")} × ${fold.layers.length}`] : [];
+  return [...stack, ...run, layer.label, ...(inside ? inside.split(".") : [])];
+}
+
+class Outline {
+  constructor(page, tree) {
+    this.page = page;
+    this.tree = tree;
+    this.items = new Map(); // "side node" -> its element, where it was made
+    this.root = outlineOf(page.diff);
+    this.fill(tree, this.root, 1);
+    tree.querySelector('[role="treeitem"]')?.setAttribute("tabindex", "0");
+    tree.addEventListener("click", (event) => this.click(event));
+    tree.addEventListener("keydown", (event) => this.key(event));
+    tree.addEventListener("pointerover", (event) => page.hover(event.target.closest("[role=treeitem]")?.entry ?? null));
+    tree.addEventListener("pointerleave", () => page.hover(null));
+  }
+
+  fill(list, branch, level) {
+    for (const inner of branch.branches.values()) list.append(this.module(inner, level));
+    for (const [key, node] of branch.leaves) list.append(this.operator(key, node, level));
+  }
+
+  module(branch, level) {
+    const names = [branch.label];
+    while (branch.branches.size === 1 && !branch.leaves.length) { // a path without forks is one item
+      [branch] = branch.branches.values();
+      names.push(branch.label);
+    }
+    const { before, after } = branch.counts;
+    const item = this.item(level, names.join("."), before === after ? `${before}` : `${before} → ${after}`, (list) => this.fill(list, branch, level + 1));
+    item.branch = branch;
+    return item;
+  }
+
+  operator(key, node, level) {
+    const { diff } = this.page, sources = key === "after" ? diff.related(key, node, "before") : [];
+    const fused = diff[key].status[node] === FUSED && sources.length;
+    const fill = fused && ((list) => sources.forEach((source) => list.append(this.operator("before", source, level + 1))));
+    const item = this.item(level, diff[key].label(node), fused ? `from ${sources.length}` : "", fill, this.page.swatch(key, node));
+    item.entry = { side: key, node };
+    item.setAttribute("aria-label", `${diff[key].label(node)}, ${this.page.state(key, node)}`);
+    if (!fused || key === "after") this.items.set(`${key} ${node}`, item);
+    return item;
+  }
+
+  item(level, label, count, fill, ...marks) {
+    const twist = make("span", { className: "twist", textContent: fill ? "▸" : "", ariaHidden: "true" });
+    const text = make("span", { className: "text", textContent: clip(label, 200) });
+    const row = make("div", { className: "row" }, twist, ...marks, text, make("span", { className: "count", textContent: count }));
+    const item = make("li", { role: "treeitem", tabIndex: -1, ariaLevel: `${level}` }, row);
+    if (fill) item.ariaExpanded = "false";
+    item.fill = fill;
+    return item;
+  }
+
+  open(item, wanted = true) {
+    if (!item.fill || (item.ariaExpanded === "true") === wanted) return;
+    item.ariaExpanded = `${wanted}`;
+    item.querySelector(".twist").textContent = wanted ? "▾" : "▸";
+    if (wanted) item.fill(item.appendChild(make("ul", { role: "group" })));
+    else item.lastChild.remove();
+  }
+
+  click(event) {
+    const item = event.target.closest("[role=treeitem]");
+    if (!item) return;
+    if (!item.entry || event.target.className === "twist") this.open(item, item.ariaExpanded !== "true");
+    this.focus(item);
+    this.choose(item);
+  }
+
+  choose(item) {
+    if (item.entry) this.page.select(item.entry, { from: this });
+    else if (item.branch) this.page.revealAll(firstLeaves(item.branch));
+  }
+
+  focus(item) {
+    this.tree.querySelector('[tabindex="0"]')?.setAttribute("tabindex", "-1");
+    item.tabIndex = 0;
+    item.focus({ preventScroll: true });
+    item.firstChild.scrollIntoView({ block: "nearest" });
+  }
+
+  /** The entry that stands for a node: what it was fused into, or its source where it was not. */
+  place({ side: key, node }) {
+    const fused = this.page.diff[key].status[node] === FUSED, wanted = fused ? "after" : "before";
+    const [found] = key === wanted ? [node] : this.page.diff.related(key, node, wanted);
+    return found === undefined ? [key, node] : [wanted, found];
+  }
+
+  /** Marks the item of what is selected, opening the modules it is in. */
+  show(selected) {
+    this.tree.querySelector('[aria-selected="true"]')?.removeAttribute("aria-selected");
+    if (!selected) return;
+    const { diff } = this.page, [key, node] = this.place(selected);
+    const source = key === "after" ? diff.related(key, node, "before")[0] : undefined;
+    let list = this.tree;
+    const labels = source === undefined ? pathOf(diff, key, node) : pathOf(diff, "before", source);
+    for (let branch = this.root, depth = 0; depth < labels.length; depth++) {
+      branch = branch.branches.get(labels[depth]);
+      const item = [...list.children].find((one) => one.branch === branch);
+      if (!item) continue; // a part of a path without forks
+      this.open(item);
+      list = item.lastChild;
+    }
+    const item = [...list.children].find((one) => one.entry?.side === key && one.entry.node === node);
+    item?.setAttribute("aria-selected", "true");
+    item?.firstChild.scrollIntoView({ block: "nearest" });
+  }
+
+  key(event) {
+    const item = event.target.closest("[role=treeitem]"), visible = [...this.tree.querySelectorAll("[role=treeitem]")];
+    const at = visible.indexOf(item), opened = item.ariaExpanded === "true";
+    const moves = {
+      ArrowDown: () => visible[at + 1],
+      ArrowUp: () => visible[at - 1],
+      Home: () => visible[0],
+      End: () => visible.at(-1),
+      ArrowRight: () => (opened ? visible[at + 1] : this.open(item)),
+      ArrowLeft: () => (opened ? this.open(item, false) : item.parentElement.closest("[role=treeitem]")),
+      Enter: () => this.choose(item),
+      " ": () => this.choose(item),
+    };
+    const move = moves[event.key];
+    if (!move || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const next = move();
+    if (next) this.focus(next);
+  }
+}
+
+function firstLeaves(branch) {
+  if (branch.leaves.length) return branch.leaves;
+  const [inner] = branch.branches.values();
+  return inner ? firstLeaves(inner) : [];
+}
