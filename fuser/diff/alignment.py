@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fuser.constants import Constant
 from fuser.diff.document import Changed
 from fuser.diff.structure import Structure, constant_text, input_labels
-from fuser.graph import MICROSOFT, Node
+from fuser.graph import FUSER, MICROSOFT, Node
 from fuser.pattern import COMMUTATIVE
 
 SOURCES = "fuser.sources"  # metadata of the files that fuser writes
@@ -123,10 +123,19 @@ def _from_metadata(before: Structure, after: Structure) -> Alignment:
     for number, node in enumerate(after.nodes):
         said = next((text for key, text in node.metadata if key == SOURCES), "")
         stands_for = _known(said.split(", "), names) if said else None
-        if stands_for is not None and (len(stands_for) > 1 or node.domain == MICROSOFT):
+        if stands_for and (len(stands_for) > 1 or node.domain in (FUSER, MICROSOFT)):
             groups[stands_for].append(number)
+    within = defaultdict[int, list[tuple[int, ...]]](list)
+    for stands_for in groups:
+        for number in stands_for:
+            within[number].append(stands_for)
+    for stands_for in sorted(groups, key=len):  # what helps a fused node stands for a part of what that stands for
+        whole = [other for other in within[stands_for[0]] if other in groups and set(other) > set(stands_for)]
+        if whole:
+            groups[min(whole, key=len)] += groups.pop(stands_for)
     found = Alignment()
     for stands_for, numbers in groups.items():
+        numbers.sort()
         own = [n for n in numbers if after.nodes[n].domain] or numbers[-1:]
         found.regions.append(Stands(after.nodes[own[0]].op, tuple(numbers), stands_for))
     return found
@@ -285,7 +294,7 @@ def _replaced(matching: _Matching) -> list[Stands]:
 
     def root(part: tuple[int, int]) -> tuple[int, int]:
         while joined[part] != part:
-            part = joined[part] = joined[joined[part]]
+            joined[part] = part = joined[joined[part]]
         return part
 
     names = {value.name: n for n in left for value in before.nodes[n].outputs if value.name}
