@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from fuser.constants import Constant
 from fuser.diff.document import Changed
-from fuser.diff.structure import Structure, constant_text, input_labels
+from fuser.diff.structure import WEIGHT, Structure, constant_text, input_labels
 from fuser.graph import FUSER, MICROSOFT, Node
 from fuser.pattern import COMMUTATIVE
 
 SOURCES = "fuser.sources"  # metadata of the files that fuser writes
 REWRITTEN = "rewritten"
 REPLACED = "replaced"
-NAMED_ELEMENTS = 16  # a constant of more is a weight, whose name says something
+RADII = (3, 2, 1)  # links around a node that tell it from others
 
 
 class Stands(NamedTuple):
@@ -171,7 +171,13 @@ class _Matching:
         self._by_keys(*backward)
         self._by_names(self._names)
         self._by_names(self._weights)
+        self._by_keys(self.before.weighty, self.after.weighty)
         self._by_neighbours()
+        for radius in RADII:
+            if not all(self.left()):
+                break
+            self._by_keys(self.before.around(radius), self.after.around(radius))
+            self._by_neighbours()
 
     def _free(self, structure: Structure) -> Iterator[int]:
         taken, used = (
@@ -183,14 +189,14 @@ class _Matching:
         self.of_before[source], self.of_after[number] = number, source
 
     def _by_keys(self, before: Sequence[Hashable], after: Sequence[Hashable]) -> None:
-        """Pairs nodes with a key that as many nodes of either side have, in order."""
+        """Pairs nodes with a key that as many nodes of either side have, in order; None is no key."""
         groups: dict[Hashable, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for number in self._free(self.before):
             groups[before[number]][0].append(number)
         for number in self._free(self.after):
             groups[after[number]][1].append(number)
-        for here, there in groups.values():
-            if len(here) == len(there):
+        for key, (here, there) in groups.items():
+            if key is not None and len(here) == len(there):
                 for source, number in zip(here, there, strict=True):
                     self._pair(source, number)
 
@@ -217,7 +223,7 @@ class _Matching:
         names = tuple(
             value.name if value is not None and value.constant is not None else ""
             for value in structure.nodes[number].inputs
-            if value is None or value.constant is None or value.constant.size > NAMED_ELEMENTS
+            if value is None or value.constant is None or value.constant.size > WEIGHT
         )
         return (structure.operators[number], names) if any(names) else None
 
