@@ -69,7 +69,8 @@ class Pane {
   }
 
   fit() {
-    this.setView(0, 0, this.smallest);
+    const { scene, width, height, smallest: scale } = this;
+    this.setView((scene.width - width / scale) / 2, (scene.height - height / scale) / 2, scale);
   }
 
   /** The first layers, or all where there are none. */
@@ -454,7 +455,7 @@ class Pane {
   }
 }
 
-/** A corner such that what is seen holds some of what there is, or all in the middle. */
+/** A corner such that some of what there is stays in what is seen. */
 function within(corner, seen, all) {
-  return seen >= all + 40 ? (all - seen) / 2 : Math.max(-seen * 0.5, Math.min(all - seen * 0.5, corner));
+  return Math.max(-0.9 * seen, Math.min(all - 0.1 * seen, corner));
 }

@@ -34,7 +34,7 @@ class Page {
   }
 
   resized(pane) {
-    if (this.printing) return;
+    if (this.printing || !pane.canvas.parentElement.clientWidth) return; // hidden: as it was, when it is shown again
     const first = !pane.width;
     pane.resize();
     if (first && pane.width) this.start();
@@ -51,7 +51,7 @@ class Page {
   }
 
   drawn() {
-    window.fuserDiff.frames++;
+    if (!window.fuserDiff.frames++) window.fuserDiff.opened = performance.now();
   }
 
   get shownPanes() {
@@ -172,7 +172,7 @@ class Page {
 
   showFound(text) {
     const all = this.found.length;
-    document.querySelector("#matches").textContent = all ? (this.at < 0 ? count(all, "match").replace("matchs", "matches") : `${this.at + 1} of ${all}`) : text.trim() ? "no match" : "";
+    document.querySelector("#found").textContent = all ? (this.at < 0 ? count(all, "match").replace("matchs", "matches") : `${this.at + 1} of ${all}`) : text.trim() ? "no match" : "";
   }
 
   // Layers.
@@ -395,6 +395,6 @@ class Page {
   }
 }
 
-// What tests ask: how many frames were drawn, and the page itself.
+// What tests ask: how many graphs were drawn, when the first was (ms since the page was asked for), and the page itself.
 window.fuserDiff = { frames: 0 };
 window.fuserDiff.page = new Page(new Diff(JSON.parse(document.getElementById("document").textContent)));
