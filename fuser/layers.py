@@ -159,6 +159,10 @@ class Layers:
         found, count = Counter(self.of_steps[number] for number in numbers).most_common(1)[0]
         return self._split(self.home(sources)) or (found if 2 * count >= len(numbers) else None)
 
+    def own(self, number: int) -> Layer | None:
+        """The layer of a step; of what several layers share, none."""
+        return None if number in self._shared else self.of_steps[number]
+
     def within(self, module: str) -> str:
         """A module's path from its layer on; the whole path outside layers."""
         return self._relative.get(module, "") if self._split(module) is not None else module

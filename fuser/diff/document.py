@@ -4,13 +4,23 @@ Nodes are referred to by their index in `nodes` of their side, values by their i
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 VERSION = 1
 MOST = 256  # characters of a text that a model brings
+
+
+BOX_HEIGHT = 20.0  # px, of a node
+FOLD_PADDING = 12.0  # px, between the box of a fold and the drawing of its layer
+FOLD_HEADER = 24.0  # px, above that drawing
+
+
+def box_width(label: str) -> float:
+    """The px that the box of a node takes: 7 a character and a margin, 40 to 200."""
+    return min(200.0, max(40.0, 7.0 * len(label) + 14.0))
 
 
 class Kind(IntEnum):
@@ -170,6 +180,11 @@ class Document:
     pairs: list[tuple[int, int]] = field(default_factory=list)
     changed: list[Changed] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
+
+    def kept(self) -> Iterator[Changed]:
+        """Nodes outside regions that have a counterpart, those that are the same among them."""
+        yield from (Changed(source, number) for source, number in self.pairs)
+        yield from self.changed
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; `version` changes when its meaning does."""
