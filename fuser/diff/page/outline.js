@@ -17,26 +17,32 @@ class Branch {
 /** All modules of both sides as one tree; what has a source stands where its source does. */
 function outlineOf(diff) {
   const root = new Branch("");
-  const add = (key, node, [atKey, at] = [key, node]) => {
-    const path = pathOf(diff, atKey, at).reduce((path, label) => [...path, path.at(-1).branch(label)], [root]);
+  const add = (key, node) => {
+    const path = pathOf(diff, ...home(diff, key, node)).reduce((path, label) => [...path, path.at(-1).branch(label)], [root]);
     for (const branch of path) branch.counts[key]++;
     return path.at(-1);
   };
   const placed = new Set();
+  const place = (after) => {
+    const branch = add("after", after);
+    if (diff.after.partner[after] < 0) branch.leaves.push(["after", after]);
+    placed.add(after);
+  };
   diff.before.nodes.forEach((_, node) => {
-    const branch = add("before", node), regions = diff.before.regions.get(node);
-    if (!regions) return branch.leaves.push(["before", node]);
-    for (const after of regions.flatMap((region) => diff.regions[region].after)) {
-      if (!placed.has(after)) branch.leaves.push(["after", after]);
-      placed.add(after);
-    }
+    const branch = add("before", node), became = diff.related("before", node, "after");
+    if (!diff.before.regions.has(node)) branch.leaves.push(["before", node]);
+    for (const after of became) if (!placed.has(after)) place(after);
   });
-  diff.after.nodes.forEach((_, node) => {
-    const source = diff.related("after", node, "before")[0];
-    const branch = add("after", node, source === undefined ? ["after", node] : ["before", source]);
-    if (source === undefined) branch.leaves.push(["after", node]);
-  });
+  diff.after.nodes.forEach((_, node) => placed.has(node) || place(node));
   return root;
+}
+
+/** Where a node is in the outline: that of the result is where most of its sources are. */
+function home(diff, key, node) {
+  const sources = key === "after" ? diff.related(key, node, "before") : [], numbers = new Map();
+  if (!sources.length) return [key, node];
+  for (const source of sources) addTo(numbers, diff.before.nodes[source][MODULE], source);
+  return ["before", [...numbers.values()].reduce((most, one) => (one.length > most.length ? one : most))[0]];
 }
 
 /** The names from the top to a node: the stack of its layer, the run, the layer, the modules within. */
@@ -53,7 +59,6 @@ class Outline {
   constructor(page, tree) {
     this.page = page;
     this.tree = tree;
-    this.items = new Map(); // "side node" -> its element, where it was made
     this.root = outlineOf(page.diff);
     this.fill(tree, this.root, 1);
     tree.querySelector('[role="treeitem"]')?.setAttribute("tabindex", "0");
@@ -75,7 +80,8 @@ class Outline {
       names.push(branch.label);
     }
     const { before, after } = branch.counts;
-    const item = this.item(level, names.join("."), before === after ? `${before}` : `${before} → ${after}`, (list) => this.fill(list, branch, level + 1));
+    const fill = (branch.branches.size || branch.leaves.length) && ((list) => this.fill(list, branch, level + 1));
+    const item = this.item(level, names.join("."), before === after ? `${before}` : `${before} → ${after}`, fill);
     item.branch = branch;
     return item;
   }
@@ -87,7 +93,6 @@ class Outline {
     const item = this.item(level, diff[key].label(node), fused ? `from ${sources.length}` : "", fill, this.page.swatch(key, node));
     item.entry = { side: key, node };
     item.setAttribute("aria-label", `${diff[key].label(node)}, ${this.page.state(key, node)}`);
-    if (!fused || key === "after") this.items.set(`${key} ${node}`, item);
     return item;
   }
 
@@ -141,9 +146,8 @@ class Outline {
     this.tree.querySelector('[aria-selected="true"]')?.removeAttribute("aria-selected");
     if (!selected) return;
     const { diff } = this.page, [key, node] = this.place(selected);
-    const source = key === "after" ? diff.related(key, node, "before")[0] : undefined;
+    const labels = pathOf(diff, ...home(diff, key, node));
     let list = this.tree;
-    const labels = source === undefined ? pathOf(diff, key, node) : pathOf(diff, "before", source);
     for (let branch = this.root, depth = 0; depth < labels.length; depth++) {
       branch = branch.branches.get(labels[depth]);
       const item = [...list.children].find((one) => one.branch === branch);
