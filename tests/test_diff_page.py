@@ -106,7 +106,7 @@ def test_draws_what_it_says(shown: Opened) -> None:
       const sample = new OffscreenCanvas(1, 1).getContext("2d");
       sample.fillStyle = getComputedStyle(document.querySelector("#legend .swatch")).backgroundColor;
       sample.fillRect(0, 0, 1, 1);
-      return [pixel(pane.context, x, (scene.y[box] - view.y) * view.scale * ratio), pixel(sample, 0, 0)];
+      return [pixel(pane.painter.context, x, (scene.y[box] - view.y) * view.scale * ratio), pixel(sample, 0, 0)];
     }""")
     assert node == pytest.approx(colour, abs=2)
 
@@ -320,7 +320,7 @@ CONTRASTS = """() => {
   };
   const ratio = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
   const k = colours, texts = [];
-  for (const ground of [k.paper, k.ground, k.frame, k.same, k["removed-fill"], k["added-fill"]]) texts.push([k.ink, ground], [k.quiet, ground]);
+  for (const ground of [k.paper, k.ground, k.frame, k.same, k.fills.removed, k.fills.added]) texts.push([k.ink, ground], [k.quiet, ground]);
   texts.push([k.accent, k.paper], [k.paper, k.ink], [k.paper, k.miss]);
   for (let pattern = 0; pattern < 16; pattern++) texts.push([k.ink, k.of(pattern, "pale")], [k.of(pattern, "deep"), k.paper], [k.of(pattern, "deep"), k.frame]);
   const lines = [[k.removed, k.paper], [k.added, k.paper], [k.changed, k.paper], [k.accent, k.paper]];
@@ -335,7 +335,7 @@ def test_themes_have_contrast(browser: Any, toy: tuple[Path, dict[str, Any]], th
         assert state(window)["theme"] == theme
         text, lines = window.page.evaluate(CONTRASTS)
         assert text >= 4.5 and lines >= 3
-        corner = "() => [...window.fuserDiff.page.panes.before.context.getImageData(2, 2, 1, 1).data].slice(0, 3).reduce((a, b) => a + b)"
+        corner = "() => [...window.fuserDiff.page.panes.before.painter.context.getImageData(2, 2, 1, 1).data].slice(0, 3).reduce((a, b) => a + b)"
         lightness = window.page.evaluate(corner)
         window.page.keyboard.press("d")
         window.page.wait_for_function(f"(was) => Math.abs(({corner})() - was) > 400", arg=lightness)

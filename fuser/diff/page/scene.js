@@ -122,7 +122,7 @@ class Scene {
   }
 
   /** The node at an end of an edge; -1 where it is a whole run of layers or the border. */
-  nodeAt(frame, item) {
+  nodeOf(frame, item) {
     if (item === null || item < 0) return -1;
     return frame.fold < 0 ? item : this.side.members[frame.layer][item];
   }
@@ -139,9 +139,9 @@ class Scene {
   /** The hulls of a frame: for each region its boxes, and the edges between them. */
   hulls(frame) {
     return this.cached(`hulls ${frame.layer}`, () => {
-      const hulls = new Map(), nodes = frame.fold < 0 ? frame.scope.places.map(([item]) => item) : this.side.members[frame.layer];
-      for (const node of nodes) {
-        for (const region of (node >= 0 && this.side.regions.get(node)) || []) this.addToHull(hulls, region, node, frame);
+      const hulls = new Map(), places = frame.scope.places.filter(([item]) => item >= 0);
+      for (const node of places.map(([item]) => this.nodeOf(frame, item))) {
+        for (const region of this.side.regions.get(node) ?? []) this.addToHull(hulls, region, node, frame);
       }
       for (const edge of frame.scope.edges) this.addLink(hulls, edge, frame);
       return [...hulls.values()];
@@ -153,18 +153,17 @@ class Scene {
       const { pattern } = this.diff.regions[region];
       hulls.set(region, { region, pattern, boxes: new Path2D(), links: new Path2D(), size: 0, x: 0, y: Infinity });
     }
-    const hull = hulls.get(region), box = this.box[node], width = this.widths[node];
-    const x = this.x[box] - frame.x - width / 2, y = this.y[box] - frame.y - BOX_HEIGHT / 2;
+    const hull = hulls.get(region), { left, top, width } = this.bounds(this.box[node]);
+    const x = left - frame.x, y = top - frame.y;
     hull.boxes.roundRect(x - HULL, y - HULL, width + 2 * HULL, BOX_HEIGHT + 2 * HULL, HULL + 3);
     hull.size++;
     if (y < hull.y) Object.assign(hull, { x, y });
   }
 
   addLink(hulls, edge, frame) {
-    const from = this.nodeAt(frame, edge[0]), to = this.nodeAt(frame, edge[1]);
-    const shared = (from >= 0 && to >= 0 && this.side.regions.get(to)) || [];
+    const from = this.nodeOf(frame, edge[0]), to = this.nodeOf(frame, edge[1]);
+    const own = this.side.regions.get(from) ?? [], shared = own.filter((one) => this.side.regions.get(to)?.includes(one));
     for (const region of shared) {
-      if (!this.side.regions.get(from)?.includes(region)) continue;
       const points = this.points(frame, edge);
       if (points.at(-1) - points[1] <= LONGEST_LINK) curve(hulls.get(region).links, points);
     }
@@ -175,18 +174,27 @@ class Scene {
     return this.paths.get(name);
   }
 
-  /** The box at a place, or -1. */
-  boxAt(x, y) {
+  /** The left, the top and the width of a box. */
+  bounds(box) {
+    const width = this.widths[this.node[box]];
+    return { left: this.x[box] - width / 2, top: this.y[box] - BOX_HEIGHT / 2, width };
+  }
+
+  /** The node whose box is at a place, or -1. */
+  nodeAt(x, y) {
     for (let box = 0; box < this.size; box++) {
-      const near = Math.abs(this.y[box] - y) <= BOX_HEIGHT / 2;
-      if (near && Math.abs(this.x[box] - x) <= this.widths[this.node[box]] / 2) return box;
+      const { left, top, width } = this.bounds(box);
+      if (y >= top && y <= top + BOX_HEIGHT && x >= left && x <= left + width) return this.node[box];
     }
     return -1;
   }
 
   /** The run of layers whose header is at a place, or -1. */
   headerAt(x, y) {
-    return this.folds.findIndex((fold) => fold && x >= fold.x && x <= fold.x + fold.width && y >= fold.y && y <= fold.y + FOLD_HEADER);
+    return this.folds.findIndex((fold) => {
+      const across = fold && x >= fold.x && x <= fold.x + fold.width;
+      return across && y >= fold.y && y <= fold.y + FOLD_HEADER;
+    });
   }
 }
 

@@ -179,7 +179,7 @@ class Page {
 
   rebuild(pane) {
     pane.scene.build();
-    pane.drawMap();
+    pane.map.drawScene();
     this.anchors = null;
     pane.invalidate();
   }
