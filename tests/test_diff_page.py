@@ -456,7 +456,7 @@ EVERYTHING = """async () => {  // all that shows text: every node's details, the
   const { page } = window.fuserDiff, frame = () => new Promise(requestAnimationFrame);
   page.unfold(true);
   for (const side of ["before", "after"]) {
-    for (let node = 0; node < page.diff[side].nodes.length; node++) page.select({ side, node }, { from: page });
+    for (let node = 0; node < page.diff[side].nodes.length; node++) page.select({ side, node }, { everywhere: true });
     page.hover({ side, node: 0 });
     await frame();
   }
