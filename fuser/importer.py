@@ -448,6 +448,8 @@ def _outer_names(attribute: AttributeProto) -> Iterator[str]:
 def module_path(node: Node) -> str:
     """The module that made a node, from whatever the exporter left: scopes in metadata, or a path in the node's name."""
     metadata = dict(node.metadata)
+    if "fuser.module" in metadata:
+        return metadata["fuser.module"]
     scopes = metadata.get("pkg.torch.onnx.name_scopes")
     if scopes:
         try:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from fuser.constants import Constant
 from fuser.diff.document import Changed
-from fuser.diff.structure import Structure, constant_text, input_labels
-from fuser.graph import MICROSOFT, Node
+from fuser.diff.structure import WEIGHT, Structure, constant_text, input_labels
+from fuser.graph import FUSER, MICROSOFT, Node
 from fuser.pattern import COMMUTATIVE
 
 SOURCES = "fuser.sources"  # metadata of the files that fuser writes
 REWRITTEN = "rewritten"
 REPLACED = "replaced"
-NAMED_ELEMENTS = 16  # a constant of more is a weight, whose name says something
+RADII = (3, 2, 1)  # links around a node that tell it from others
 
 
 class Stands(NamedTuple):
@@ -123,10 +123,19 @@ def _from_metadata(before: Structure, after: Structure) -> Alignment:
     for number, node in enumerate(after.nodes):
         said = next((text for key, text in node.metadata if key == SOURCES), "")
         stands_for = _known(said.split(", "), names) if said else None
-        if stands_for is not None and (len(stands_for) > 1 or node.domain == MICROSOFT):
+        if stands_for and (len(stands_for) > 1 or node.domain in (FUSER, MICROSOFT)):
             groups[stands_for].append(number)
+    within = defaultdict[int, list[tuple[int, ...]]](list)
+    for stands_for in groups:
+        for number in stands_for:
+            within[number].append(stands_for)
+    for stands_for in sorted(groups, key=len):  # what helps a fused node stands for a part of what that stands for
+        whole = [other for other in within[stands_for[0]] if other in groups and set(other) > set(stands_for)]
+        if whole:
+            groups[min(whole, key=len)] += groups.pop(stands_for)
     found = Alignment()
     for stands_for, numbers in groups.items():
+        numbers.sort()
         own = [n for n in numbers if after.nodes[n].domain] or numbers[-1:]
         found.regions.append(Stands(after.nodes[own[0]].op, tuple(numbers), stands_for))
     return found
@@ -162,7 +171,13 @@ class _Matching:
         self._by_keys(*backward)
         self._by_names(self._names)
         self._by_names(self._weights)
+        self._by_keys(self.before.weighty, self.after.weighty)
         self._by_neighbours()
+        for radius in RADII:
+            if not all(self.left()):
+                break
+            self._by_keys(self.before.around(radius), self.after.around(radius))
+            self._by_neighbours()
 
     def _free(self, structure: Structure) -> Iterator[int]:
         taken, used = (
@@ -174,14 +189,14 @@ class _Matching:
         self.of_before[source], self.of_after[number] = number, source
 
     def _by_keys(self, before: Sequence[Hashable], after: Sequence[Hashable]) -> None:
-        """Pairs nodes with a key that as many nodes of either side have, in order."""
+        """Pairs nodes with a key that as many nodes of either side have, in order; None is no key."""
         groups: dict[Hashable, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for number in self._free(self.before):
             groups[before[number]][0].append(number)
         for number in self._free(self.after):
             groups[after[number]][1].append(number)
-        for here, there in groups.values():
-            if len(here) == len(there):
+        for key, (here, there) in groups.items():
+            if key is not None and len(here) == len(there):
                 for source, number in zip(here, there, strict=True):
                     self._pair(source, number)
 
@@ -208,7 +223,7 @@ class _Matching:
         names = tuple(
             value.name if value is not None and value.constant is not None else ""
             for value in structure.nodes[number].inputs
-            if value is None or value.constant is None or value.constant.size > NAMED_ELEMENTS
+            if value is None or value.constant is None or value.constant.size > WEIGHT
         )
         return (structure.operators[number], names) if any(names) else None
 
@@ -285,7 +300,7 @@ def _replaced(matching: _Matching) -> list[Stands]:
 
     def root(part: tuple[int, int]) -> tuple[int, int]:
         while joined[part] != part:
-            part = joined[part] = joined[joined[part]]
+            joined[part] = part = joined[joined[part]]
         return part
 
     names = {value.name: n for n in left for value in before.nodes[n].outputs if value.name}

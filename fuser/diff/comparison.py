@@ -19,7 +19,7 @@ from fuser.errors import InputError, UsageError
 from fuser.exporter import write_text
 from fuser.fused import REGISTRY
 from fuser.graph import FUSER, Graph, Node
-from fuser.importer import load
+from fuser.importer import from_proto, read_model
 from fuser.layers import Layers, steps
 from fuser.report import Report
 from fuser.shapes import infer
@@ -116,7 +116,7 @@ def of_files(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> D
         InputError: one of them cannot be read or is not supported.
     """
     table = Table()
-    first, second = (Structure(load(path), table) for path in (before, after))
+    first, second = (Structure(_read(Path(path)), table) for path in (before, after))
     _infer(first.graph, second.graph)
     alignment = aligning.compared(first, second)
     return _diff(_Sides(Path(before).name, Path(after).name, first, second), alignment, None)
@@ -141,6 +141,15 @@ def of_fused(read: Graph, fused: Graph, report: Report) -> Diff:
     sources = {name: number for number, node in enumerate(first.nodes) for name in node.origin.sources or (node.name,)}
     alignment = aligning.recorded(first, second, sources, record)
     return _diff(_Sides(Path(report.model).name, report.target, first, second), alignment, report)
+
+
+def _read(path: Path) -> Graph:
+    """The graph in a file; calls of the functions that fuser writes stay calls, others are inlined."""
+    model = read_model(path)
+    others = [function for function in model.functions if function.domain != FUSER]
+    del model.functions[:]
+    model.functions.extend(others)
+    return from_proto(model, path.parent, None, path)
 
 
 def _infer(*graphs: Graph) -> None:

@@ -68,7 +68,9 @@ def drawing(
         drawn.append(_drawn([sizes[v] for v in vertices], links, ends[0], ends[1], ordering or best_ordering()))
     tallest = max((part.height for part in drawn), default=2 * MARGIN)
     left = top = widest = 0.0
-    placed = sorted(zip(parts, drawn, strict=True), key=lambda pair: -pair[1].height)  # the trunk, then what is beside it
+    placed = sorted(
+        zip(parts, drawn, strict=True), key=lambda pair: -pair[1].height
+    )  # the trunk, then what is beside it
     for (vertices, numbers), part in placed:
         if first or last or top + part.height > tallest:  # what comes in or leaves needs the whole height
             left, top, widest = left + widest, 0.0, 0.0
@@ -87,7 +89,7 @@ def _parts(count: int, edges: Sequence[Link]) -> list[tuple[list[int], list[int]
 
     def root(vertex: int) -> int:
         while roots[vertex] != vertex:
-            vertex = roots[vertex] = roots[roots[vertex]]
+            roots[vertex] = vertex = roots[roots[vertex]]
         return vertex
 
     for start, end in edges:

@@ -8,18 +8,20 @@ graph without cycles, where one sweep each way is all of it).
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import onnx
 
 from fuser.constants import Constant
 from fuser.errors import FuserError
 from fuser.graph import Graph, Node, Value
+from fuser.onnx_nodes import read_attribute
 from fuser.pattern import COMMUTATIVE
 
 WHOLE_BYTES = 1 << 20  # of a larger constant some rows are compared
 SAMPLED = 3  # places of a larger constant that are read
 FEW = 8  # elements of a constant that are written out
+WEIGHT = 16  # elements; a constant of more is a weight, which says which node reads it
 
 
 def operator(node: Node) -> str:
@@ -27,17 +29,30 @@ def operator(node: Node) -> str:
     return f"{node.domain}.{node.op}" if node.domain else node.op
 
 
-def attributes(node: Node) -> dict[str, str]:
-    """A node's attributes as text, in the order of their names."""
+def attributes(node: Node, opset: int) -> dict[str, str]:
+    """A node's attributes as text, in the order of their names; those that say what is so by default left out."""
+    defaults = _defaults(node.op, node.domain, opset)
     found = {name: _text(value) for name, value in node.attributes.items()}
+    found = {name: text for name, text in found.items() if defaults.get(name) != text}
     found |= {attribute.name: f"<{_body_size(attribute)} nodes>" for attribute in node.carried}
     return dict(sorted(found.items()))
+
+
+@cache
+def _defaults(op: str, domain: str, opset: int) -> dict[str, str]:
+    """The defaults of a standard operator's attributes, as text."""
+    try:
+        schema = onnx.defs.get_schema(op, opset, domain)
+    except onnx.defs.SchemaError:
+        return {}
+    given = ((name, attribute.default_value) for name, attribute in schema.attributes.items())
+    return {name: _text(read_attribute(default)) for name, default in given if default.type}
 
 
 def _text(value: object) -> str:
     if isinstance(value, Constant):
         return constant_text(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)  # bytes and tuples as Python writes them
 
 
 def _body_size(attribute: onnx.AttributeProto) -> int:
@@ -100,7 +115,7 @@ class Structure:
         self.nodes: Sequence[Node] = list(self.graph.nodes)
         self.number = {node: i for i, node in enumerate(self.nodes)}
         self.operators = [operator(node) for node in self.nodes]
-        self.attributes = [attributes(node) for node in self.nodes]
+        self.attributes = [attributes(node, self.graph.opset) for node in self.nodes]
 
     def maker(self, value: Value | None) -> int | None:
         """The node that makes a value."""
@@ -126,12 +141,20 @@ class Structure:
             if self.operators[number] in COMMUTATIVE:
                 constants.sort(key=str)
             bodies = tuple(attribute.SerializeToString(deterministic=True) for attribute in node.carried)
-            texts = tuple(
-                (name, self.table.digest(value) if isinstance(value, Constant) else str(value))
-                for name, value in sorted(node.attributes.items())
-            )
-            found.append(self.table.number((self.operators[number], texts, bodies, tuple(constants))))
+            held = tuple(self.table.digest(x) for _, x in sorted(node.attributes.items()) if isinstance(x, Constant))
+            said = tuple(self.attributes[number].items())
+            found.append(self.table.number((self.operators[number], said, held, bodies, tuple(constants))))
         return found
+
+    @cached_property
+    def weighty(self) -> list[int | None]:
+        """`own` of the nodes that read a weight."""
+        return [
+            own
+            if any(v is not None and v.constant is not None and v.constant.size > WEIGHT for v in node.inputs)
+            else None
+            for own, node in zip(self.own, self.nodes, strict=True)
+        ]
 
     def forward(self, inputs: Sequence[Hashable]) -> list[int]:
         """A key for what each node computes, given what the graph's inputs are called in both graphs."""
@@ -149,6 +172,23 @@ class Structure:
             if self.operators[number] in COMMUTATIVE:
                 read.sort(key=str)
             found.append(self.table.number(("forward", self.own[number], tuple(read))))
+        return found
+
+    def around(self, radius: int) -> list[int]:
+        """A key for each node and what stands around it, as far as some links away."""
+        found = list(self.own)
+        for _ in range(radius):
+            last = list(found)
+            for number, node in enumerate(self.nodes):
+                commute = self.operators[number] in COMMUTATIVE
+                makers = [
+                    (0 if commute else place, last[maker])
+                    for place, maker in enumerate(map(self.maker, node.inputs))
+                    if maker is not None
+                ]
+                readers = [(index, last[reader]) for index, reader, _ in self.readers(number)]
+                key = ("around", last[number], tuple(sorted(makers)), tuple(sorted(readers)))
+                found[number] = self.table.number(key)
         return found
 
     def backward(self) -> list[int]:

@@ -97,7 +97,7 @@ def summary(
 ) -> list[Row]:  # fmt: skip
     """The rows of the summary; what is not known is left out."""
     rows = [_counted("operators", len(before.nodes), len(after.nodes))]
-    planned = _planned(after, sizes[1], layers, folding)
+    planned = None if report is None else _planned(after, sizes[1], layers, folding)
     usual = max(folding.runs, key=len, default=[])
     if usual:
         first = sum(computes(before.nodes[number]) for number in folding.members[0][usual[0]])

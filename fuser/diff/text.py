@@ -35,11 +35,15 @@ def _summary(document: Document) -> Iterator[str]:
 
 
 class _Entry(NamedTuple):
-    """What is told at one place: a node of the result with what it stands for, or source nodes that are gone."""
+    """What is told at one place: a node of the result with what it stands for, or source nodes that are gone.
+
+    A node that is in both has no lines: those that follow one another are told together.
+    """
 
     order: float
     module: tuple[str, ...]
     lines: list[str]
+    same: Item | None = None
 
 
 class _Hunks:
@@ -73,14 +77,21 @@ class _Hunks:
         entries = [*self._kept(members, inside), *self._removed(layer, inside)]
         if not entries:
             return
+        if all(entry.same is not None for entry in entries):
+            yield f"@@ {heading}: {len(entries)} operators, the same @@"
+            return
         yield f"@@ {heading} @@"
         shown: tuple[str, ...] = ()
-        for entry in sorted(entries, key=lambda entry: entry.order):
-            for depth, name in enumerate(entry.module):
-                if entry.module[: depth + 1] != shown[: depth + 1]:
+        entries.sort(key=lambda entry: entry.order)
+        for (path, _), group in groupby(entries, key=lambda entry: (entry.module, entry.same is None)):
+            for depth, name in enumerate(path):
+                if path[: depth + 1] != shown[: depth + 1]:
                     yield f"  {_indent(depth)}{name}"
-            shown = entry.module
-            yield from (f"{line[:1]} {_indent(len(shown))}{line[2:]}".rstrip() for line in entry.lines)
+            shown = path
+            told = list(group)
+            lines = [line for entry in told for line in entry.lines]
+            lines += _filled(" ", _operators(entry.same for entry in told if entry.same is not None))
+            yield from (f"{line[:1]} {_indent(len(path))}{line[2:]}".rstrip() for line in lines)
 
     def _kept(self, members: Sequence[int], inside: Sequence[str]) -> Iterator[_Entry]:
         """The nodes of the result, each where the last of its source nodes stands."""
@@ -92,10 +103,14 @@ class _Hunks:
                 continue
             sources = region.before if region is not None else self.sources[number]
             place = max([place, *map(float, sources[-1:])])
+            path = self._path(self.after.nodes[number], inside)
             if region is not None:
                 told.add(id(region))
-            lines = self._region(region) if region is not None else self._plain(number)
-            yield _Entry(place, self._path(self.after.nodes[number], inside), list(lines))
+                yield _Entry(place, path, list(self._region(region)))
+            elif sources and number not in self.texts:
+                yield _Entry(place, path, [], self.after.nodes[number])
+            else:
+                yield _Entry(place, path, list(self._other(number)))
 
     def _removed(self, layer: int, inside: Sequence[str]) -> Iterator[_Entry]:
         """The source nodes that nothing stands for, those of one module together."""
@@ -104,7 +119,7 @@ class _Hunks:
             modules[self._path(self.before.nodes[number], inside)].append(number)
         for path, numbers in modules.items():
             operators = _operators(self.before.nodes[number] for number in numbers)
-            yield _Entry(numbers[0] - 0.5, path, list(_filled("-", [*operators, "(no longer needed)"])))
+            yield _Entry(numbers[0] - 0.5, path, list(_filled("-", [*operators, "(removed)"])))
 
     def _path(self, item: Item, inside: Sequence[str]) -> tuple[str, ...]:
         """A node's module within a layer; outside of layers all of it."""
@@ -112,13 +127,10 @@ class _Hunks:
         path = name.split(".") if name else []
         return tuple(path[len(inside) :]) if path[: len(inside)] == list(inside) else ()
 
-    def _plain(self, number: int) -> Iterator[str]:
-        item = self.after.nodes[number]
-        if number not in self.texts:
-            yield f"{' ' if self.sources[number] else '+'} {item.op}"
-            return
+    def _other(self, number: int) -> Iterator[str]:
+        """A node that is changed, or is of the result alone."""
         yield from (f"- {self.before.nodes[source].op}" for source in self.sources[number])
-        yield f"+ {item.op}   {self.texts[number]}".rstrip()
+        yield f"+ {self.after.nodes[number].op}   {self.texts.get(number, '')}".rstrip()
 
     def _region(self, region: Region) -> Iterator[str]:
         yield from _filled("-", _operators(self.before.nodes[number] for number in region.before))
