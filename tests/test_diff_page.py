@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from fuser.api import fuse
 from fuser.diff.html import html
+from tests import zoo
 from tests.browser import Opened, chromium, opened
 from tests.diff_documents import PATTERNS, decoder
 
 FRAMES_BELOW_MS = 1000 / 30
+REPOSITORY = Path(__file__).parent.parent
+DEMO, DOCS = REPOSITORY / "models/demo/model.onnx", REPOSITORY / "docs"
 READY = "window.fuserDiff?.frames > 1"
 STATE = """() => {
   const { page } = window.fuserDiff, { before, after } = page.panes;
@@ -55,13 +59,22 @@ def as_data(document: Any) -> dict[str, Any]:
     return data
 
 
+@pytest.fixture(scope="module")
+def window(browser: Any, toy: tuple[Path, dict[str, Any]]) -> Iterator[Opened]:
+    with opened(browser, toy[0], reduced_motion="reduce") as found:
+        yield found
+
+
 @pytest.fixture
-def shown(browser: Any, toy: tuple[Path, dict[str, Any]]) -> Iterator[Opened]:
-    with opened(browser, toy[0], reduced_motion="reduce") as window:
-        window.page.wait_for_function(READY)
-        yield window
-        assert window.errors == [] and window.dialogs == []
-        assert window.requests == [toy[0].as_uri()]
+def shown(window: Opened, toy: tuple[Path, dict[str, Any]]) -> Iterator[Opened]:
+    """The toy, opened anew, and at the end seen to have done nothing that it should not."""
+    window.requests.clear()
+    window.page.mouse.move(0, 0)
+    window.page.goto(toy[0].as_uri())
+    window.page.wait_for_function(READY)
+    yield window
+    assert window.errors == [] and window.dialogs == []
+    assert window.requests == [toy[0].as_uri()]
 
 
 def state(window: Opened) -> dict[str, Any]:
@@ -328,6 +341,56 @@ CONTRASTS = """() => {
 }"""
 
 
+# Real models.
+
+PLACED = """() => ["before", "after"].map((key) => {  // each node has a place of its own, folded and unfolded
+  const { page } = window.fuserDiff, pane = page.panes[key], { scene, side } = pane, nodes = [...side.nodes.keys()];
+  const found = [false, true].map((open) => {
+    page.unfold(open, [pane]);
+    const placed = nodes.every((node) => scene.y[scene.box[node]] > 0 && scene.y[scene.box[node]] < scene.height);
+    return [placed, new Set(nodes.map((node) => scene.box[node])).size, scene.size];
+  });
+  return [nodes.length, ...found];
+})"""
+MARKED = """() => {  // what is marked when each region's first node is selected
+  const { page } = window.fuserDiff;
+  return page.diff.regions.map(({ after }) => {
+    page.select({ side: "after", node: after[0] });
+    return [[...page.lit.before].sort((a, b) => a - b), [...page.lit.after].sort((a, b) => a - b)];
+  });
+}"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Of the demo model and of a Llama of 2 and of 32 layers: the page, and the document in it."""
+    models = {"demo": DEMO} | {f"llama-{n}": zoo.exported("llama", "torchscript", layers=n) for n in (2, 32)}
+    folder, made = tmp_path_factory.mktemp("pages"), {}
+    for name, path in models.items():
+        diff = fuse(path, verify=False).diff()
+        diff.save(folder / f"{name}.html")
+        made[name] = (folder / f"{name}.html", as_data(diff.to_json()))
+    return made
+
+
+@pytest.mark.parametrize("name", ["demo", "llama-2", "llama-32"])
+def test_real_models(browser: Any, pages: dict[str, tuple[Path, dict[str, Any]]], name: str) -> None:
+    path, document = pages[name]
+    with opened(browser, path, reduced_motion="reduce") as window:
+        window.page.wait_for_function(READY)
+        for side, (nodes, folded, unfolded) in zip(("before", "after"), window.page.evaluate(PLACED), strict=True):
+            assert nodes == len(document["sides"][side]["nodes"])
+            assert folded[0] and unfolded[0], side
+            assert unfolded[1:] == [nodes, nodes] and folded[1] == folded[2]
+            assert folded[1] < nodes or name == "llama-2"  # two layers are the first and the last: nothing to fold
+        marked = window.page.evaluate(MARKED)
+        for region, (before, after) in zip(document["regions"], marked, strict=True):
+            assert set(region["before"]) <= set(before) and set(region["after"]) <= set(after)
+            same = [one for one in document["regions"] if region["after"][0] in one["after"]]
+            assert before == sorted({node for one in same for node in one["before"]})
+        assert window.errors == [] and window.requests == [path.as_uri()]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_themes_have_contrast(browser: Any, toy: tuple[Path, dict[str, Any]], theme: str) -> None:
     with opened(browser, toy[0], color_scheme=theme) as window:
@@ -386,18 +449,23 @@ FRAMES = """async () => {  // the median ms from frame to frame, of panning and 
 }"""
 
 
-def test_seven_thousand_nodes_are_quick(browser: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, pages: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, Path]:
+    path = tmp_path_factory.mktemp("large") / "large.html"
+    path.write_text(page_of(decoder(32, 5).to_json()), encoding="utf-8")
+    return {"llama-32": pages["llama-32"][0], "made up": path}
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("llama-32", 5000), ("made up", 7000)])
+def test_large_graphs_are_quick(browser: Any, large: dict[str, Path], name: str, nodes: int) -> None:
     """Interactive within a second of opening, and 30 frames a second with all layers unfolded: the best of three."""
-    document, path = as_data(decoder(32, 5).to_json()), tmp_path / "large.html"
-    assert len(document["sides"]["before"]["nodes"]) > 7000
-    path.write_text(page_of(document), encoding="utf-8")
-    opening, slowest = [], []
+    path, opening, slowest = large[name], [], []
     for _ in range(3):
         with opened(browser, path, reduced_motion="reduce") as window:
             window.page.wait_for_function(READY)
             opening.append(window.page.evaluate("window.fuserDiff.opened"))
             window.page.keyboard.press("e")
-            assert state(window)["drawn"]["before"] > 7000
+            assert state(window)["drawn"]["before"] > nodes
             slowest.append(max(window.page.evaluate(FRAMES)))
             assert window.errors == []
         if opening[-1] < 1000 and slowest[-1] < FRAMES_BELOW_MS:
@@ -527,3 +595,23 @@ def test_the_policy_stops_markup_too(browser: Any, toy: tuple[Path, dict[str, An
         assert window.page.evaluate("window.canary") is None and window.dialogs == []
         assert set(window.requests) - set(window.refused) == {path.as_uri()}
         assert any("Content Security Policy" in error for error in window.errors)
+
+
+# The pictures of the docs: `pytest tests/test_diff_page.py -k pictures --update-golden` draws them anew.
+
+PICTURES = {"demo": 6, "llama-2": 4, "llama-32": 37}  # the fusion that is selected
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_the_docs(browser: Any, request: pytest.FixtureRequest, name: str, update_golden: bool) -> None:
+    picture = DOCS / f"diff-{name}.png"
+    if update_golden:
+        path, _ = request.getfixturevalue("pages")[name]
+        with opened(browser, path, reduced_motion="reduce", viewport={"width": 1440, "height": 900}) as window:
+            window.page.wait_for_function(READY)
+            for _ in range(PICTURES[name]):
+                window.page.keyboard.press(".")
+            window.page.wait_for_timeout(300)
+            window.page.screenshot(path=picture)
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG") and 20_000 < len(data) < 300_000
