@@ -27,7 +27,12 @@ class Opened:
     page: Any
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # of the requests, those that the page's policy stopped
     dialogs: list[str] = field(default_factory=list)
+
+    def failed(self, request: Any) -> None:
+        if request.failure == "csp":
+            self.refused.append(request.url)
 
 
 @contextmanager
@@ -55,6 +60,7 @@ def opened(browser: Any, path: Path, **options: Any) -> Iterator[Opened]:
         page.on("console", lambda message: message.type in ("error", "warning") and shown.errors.append(message.text))
         page.on("pageerror", lambda error: shown.errors.append(str(error)))
         page.on("request", lambda request: shown.requests.append(request.url))
+        page.on("requestfailed", shown.failed)
         page.on("dialog", lambda dialog: (shown.dialogs.append(dialog.message), dialog.dismiss()))
         page.goto(path.as_uri())
         yield shown

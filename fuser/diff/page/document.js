@@ -1,7 +1,16 @@
 // The document that fuser/diff/document.py defines, with what the page asks of it. Nodes are numbers of their side.
 
-const NAME = 0, OP = 1, MODULE = 2, LAYER = 3, ATTRIBUTES = 4, INPUTS = 5, OUTPUTS = 6;
-const SAME = 0, CHANGED = 1, FUSED = 2, ALONE = 3; // ALONE: removed where it is before, added where it is after
+const NAME = 0,
+  OP = 1,
+  MODULE = 2,
+  LAYER = 3,
+  ATTRIBUTES = 4,
+  INPUTS = 5,
+  OUTPUTS = 6;
+const SAME = 0,
+  CHANGED = 1,
+  FUSED = 2,
+  ALONE = 3; // ALONE: removed where it is before, added where it is after
 const CHIP = 3; // the kind of values that are labels at their readers
 const SIDES = ["before", "after"];
 
@@ -55,7 +64,9 @@ class Diff {
       if (what) this.differences.set(after, what);
     }
     data.regions.forEach((region, index) => SIDES.forEach((key) => this.mark(this[key], region[key], index)));
-    for (const miss of data.misses) for (const node of [miss.before, ...(miss.also ?? [])]) addTo(this.before.misses, node, miss);
+    for (const miss of data.misses) {
+      for (const node of [miss.before, ...miss.also]) addTo(this.before.misses, node, miss);
+    }
   }
 
   join(before, after, status) {
@@ -73,7 +84,8 @@ class Diff {
 
   /** The nodes of a side that go with a node: those of its regions, or its like. */
   related(key, node, wanted) {
-    const side = this[key], regions = side.regions.get(node);
+    const side = this[key],
+      regions = side.regions.get(node);
     if (regions) return [...new Set(regions.flatMap((region) => this.regions[region][wanted]))];
     if (wanted === key) return [node];
     return side.partner[node] >= 0 ? [side.partner[node]] : [];
@@ -88,11 +100,16 @@ class Diff {
     return this.modules[this[key].nodes[node][MODULE]] ?? "";
   }
 
+  textsOf(key) {
+    const text = (node, index) => `${node[OP]}\n${node[NAME]}\n${this.module(key, index)}`;
+    return this[key].nodes.map((node, index) => text(node, index).toLowerCase());
+  }
+
   /** Nodes whose operator, name or module holds a text; one entry for a node that is on both sides. */
   search(text) {
-    this.texts ??= Object.fromEntries(SIDES.map((key) => [key, this[key].nodes.map((node, index) =>
-      `${node[OP]}\n${node[NAME]}\n${this.module(key, index)}`.toLowerCase())]));
-    const wanted = text.trim().toLowerCase(), found = [];
+    this.texts ??= { before: this.textsOf("before"), after: this.textsOf("after") };
+    const wanted = text.trim().toLowerCase(),
+      found = [];
     if (!wanted) return found;
     for (const key of SIDES) {
       this.texts[key].forEach((own, node) => {

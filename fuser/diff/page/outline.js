@@ -1,4 +1,4 @@
-// The outline: modules, in them operators, and in a fused one what it stands for. It is also the accessible form of the graphs.
+// The outline: modules, in them operators, and in a fused one what it stands for. It is the accessible form of the graphs.
 
 class Branch {
   constructor(label) {
@@ -8,8 +8,8 @@ class Branch {
     this.counts = { before: 0, after: 0 };
   }
 
-  branch(label, make = () => new Branch(label.split(".").slice(-2).join("."))) {
-    if (!this.branches.has(label)) this.branches.set(label, make());
+  branch(label) {
+    if (!this.branches.has(label)) this.branches.set(label, new Branch(label.split(".").slice(-2).join(".")));
     return this.branches.get(label);
   }
 }
@@ -17,43 +17,56 @@ class Branch {
 /** All modules of both sides as one tree; what has a source stands where its source does. */
 function outlineOf(diff) {
   const root = new Branch("");
-  const add = (key, node, [atKey, at] = [key, node]) => {
-    const path = pathOf(diff, atKey, at).reduce((path, label) => [...path, path.at(-1).branch(label)], [root]);
-    for (const branch of path) branch.counts[key]++;
-    return path.at(-1);
+  const add = (key, node) => {
+    let branch = root;
+    for (const label of pathOf(diff, ...home(diff, key, node))) {
+      branch = branch.branch(label);
+      branch.counts[key]++;
+    }
+    return branch;
   };
   const placed = new Set();
+  const place = (after) => {
+    const branch = add("after", after);
+    if (diff.after.partner[after] < 0) branch.leaves.push(["after", after]);
+    placed.add(after);
+  };
   diff.before.nodes.forEach((_, node) => {
-    const branch = add("before", node), regions = diff.before.regions.get(node);
-    if (!regions) return branch.leaves.push(["before", node]);
-    for (const after of regions.flatMap((region) => diff.regions[region].after)) {
-      if (!placed.has(after)) branch.leaves.push(["after", after]);
-      placed.add(after);
-    }
+    const branch = add("before", node),
+      became = diff.related("before", node, "after");
+    if (!diff.before.regions.has(node)) branch.leaves.push(["before", node]);
+    for (const after of became) if (!placed.has(after)) place(after);
   });
-  diff.after.nodes.forEach((_, node) => {
-    const source = diff.related("after", node, "before")[0];
-    const branch = add("after", node, source === undefined ? ["after", node] : ["before", source]);
-    if (source === undefined) branch.leaves.push(["after", node]);
-  });
+  diff.after.nodes.forEach((_, node) => placed.has(node) || place(node));
   return root;
+}
+
+/** Where a node is in the outline: that of the result is where most of its sources are. */
+function home(diff, key, node) {
+  const sources = key === "after" ? diff.related(key, node, "before") : [],
+    numbers = new Map();
+  if (!sources.length) return [key, node];
+  for (const source of sources) addTo(numbers, diff.before.nodes[source][MODULE], source);
+  return ["before", [...numbers.values()].reduce((most, one) => (one.length > most.length ? one : most))[0]];
 }
 
 /** The names from the top to a node: the stack of its layer, the run, the layer, the modules within. */
 function pathOf(diff, key, node) {
-  const side = diff[key], layer = side.layers[side.nodes[node][LAYER]], module = diff.module(key, node);
+  const side = diff[key],
+    layer = side.layers[side.nodes[node][LAYER]],
+    module = diff.module(key, node);
   if (!layer) return module ? module.split(".") : [];
-  const fold = side.folds[layer.fold], inside = module.startsWith(`${layer.label}.`) ? module.slice(layer.label.length + 1) : "";
-  const stack = layer.label.split(".").slice(0, -1);
-  const run = fold.layers.length > 1 ? [`${fold.label.slice(stack.join(".").length).replace(/^\./, "")} × ${fold.layers.length}`] : [];
-  return [...stack, ...run, layer.label, ...(inside ? inside.split(".") : [])];
+  const { label, layers } = side.folds[layer.fold],
+    stack = layer.label.split(".").slice(0, -1);
+  const run = layers.length > 1 ? [`${label.split(".").at(-1)} × ${layers.length}`] : [];
+  const inside = module.startsWith(`${layer.label}.`) ? module.slice(layer.label.length + 1).split(".") : [];
+  return [...stack, ...run, layer.label, ...inside];
 }
 
 class Outline {
   constructor(page, tree) {
     this.page = page;
     this.tree = tree;
-    this.items = new Map(); // "side node" -> its element, where it was made
     this.root = outlineOf(page.diff);
     this.fill(tree, this.root, 1);
     tree.querySelector('[role="treeitem"]')?.setAttribute("tabindex", "0");
@@ -70,31 +83,34 @@ class Outline {
 
   module(branch, level) {
     const names = [branch.label];
-    while (branch.branches.size === 1 && !branch.leaves.length) { // a path without forks is one item
+    while (branch.branches.size === 1 && !branch.leaves.length) {
+      // a path without forks is one item
       [branch] = branch.branches.values();
       names.push(branch.label);
     }
     const { before, after } = branch.counts;
-    const item = this.item(level, names.join("."), before === after ? `${before}` : `${before} → ${after}`, (list) => this.fill(list, branch, level + 1));
+    const fill = (branch.branches.size || branch.leaves.length) && ((list) => this.fill(list, branch, level + 1));
+    const item = this.item(level, names.join("."), before === after ? `${before}` : `${before} → ${after}`, fill);
     item.branch = branch;
     return item;
   }
 
   operator(key, node, level) {
-    const { diff } = this.page, sources = key === "after" ? diff.related(key, node, "before") : [];
+    const { diff } = this.page,
+      sources = key === "after" ? diff.related(key, node, "before") : [];
     const fused = diff[key].status[node] === FUSED && sources.length;
-    const fill = fused && ((list) => sources.forEach((source) => list.append(this.operator("before", source, level + 1))));
-    const item = this.item(level, diff[key].label(node), fused ? `from ${sources.length}` : "", fill, this.page.swatch(key, node));
+    const fill = (list) => list.append(...sources.map((source) => this.operator("before", source, level + 1)));
+    const from = fused ? `from ${sources.length}` : "",
+      swatch = this.page.swatch(key, node);
+    const item = this.item(level, diff[key].label(node), from, fused && fill, swatch);
     item.entry = { side: key, node };
     item.setAttribute("aria-label", `${diff[key].label(node)}, ${this.page.state(key, node)}`);
-    if (!fused || key === "after") this.items.set(`${key} ${node}`, item);
     return item;
   }
 
   item(level, label, count, fill, ...marks) {
-    const twist = make("span", { className: "twist", textContent: fill ? "▸" : "", ariaHidden: "true" });
-    const text = make("span", { className: "text", textContent: clip(label, 200) });
-    const row = make("div", { className: "row" }, twist, ...marks, text, make("span", { className: "count", textContent: count }));
+    const twist = make("span.twist", { ariaHidden: "true" }, fill ? "▸" : "");
+    const row = make("div.row", twist, ...marks, make("span.text", label), make("span.count", count));
     const item = make("li", { role: "treeitem", tabIndex: -1, ariaLevel: `${level}` }, row);
     if (fill) item.ariaExpanded = "false";
     item.fill = fill;
@@ -118,7 +134,7 @@ class Outline {
   }
 
   choose(item) {
-    if (item.entry) this.page.select(item.entry, { from: this });
+    if (item.entry) this.page.select(item.entry, { everywhere: true });
     else if (item.branch) this.page.revealAll(firstLeaves(item.branch));
   }
 
@@ -131,7 +147,8 @@ class Outline {
 
   /** The entry that stands for a node: what it was fused into, or its source where it was not. */
   place({ side: key, node }) {
-    const fused = this.page.diff[key].status[node] === FUSED, wanted = fused ? "after" : "before";
+    const fused = this.page.diff[key].status[node] === FUSED,
+      wanted = fused ? "after" : "before";
     const [found] = key === wanted ? [node] : this.page.diff.related(key, node, wanted);
     return found === undefined ? [key, node] : [wanted, found];
   }
@@ -140,10 +157,10 @@ class Outline {
   show(selected) {
     this.tree.querySelector('[aria-selected="true"]')?.removeAttribute("aria-selected");
     if (!selected) return;
-    const { diff } = this.page, [key, node] = this.place(selected);
-    const source = key === "after" ? diff.related(key, node, "before")[0] : undefined;
+    const { diff } = this.page,
+      [key, node] = this.place(selected);
+    const labels = pathOf(diff, ...home(diff, key, node));
     let list = this.tree;
-    const labels = source === undefined ? pathOf(diff, key, node) : pathOf(diff, "before", source);
     for (let branch = this.root, depth = 0; depth < labels.length; depth++) {
       branch = branch.branches.get(labels[depth]);
       const item = [...list.children].find((one) => one.branch === branch);
@@ -157,8 +174,10 @@ class Outline {
   }
 
   key(event) {
-    const item = event.target.closest("[role=treeitem]"), visible = [...this.tree.querySelectorAll("[role=treeitem]")];
-    const at = visible.indexOf(item), opened = item.ariaExpanded === "true";
+    const item = event.target.closest("[role=treeitem]"),
+      visible = [...this.tree.querySelectorAll("[role=treeitem]")];
+    const at = visible.indexOf(item),
+      opened = item.ariaExpanded === "true";
     const moves = {
       ArrowDown: () => visible[at + 1],
       ArrowUp: () => visible[at - 1],

@@ -1,189 +1,138 @@
-// What stands around the graphs. Text of a model enters through textContent alone.
+// What stands around the graphs. Text of a model enters as text alone, and not without end.
 
-const LISTED = 24; // items of a list in the details
-const LONGEST = 600; // characters of one text there
+const LONGEST = 600; // characters of one text
 
-/** An element with properties and children; strings become text. */
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
+/** An element of a kind (`tag.class.class`) with text, elements and, from objects, properties. */
+function make(kind, ...content) {
+  const [tag, ...classes] = kind.split("."),
+    element = document.createElement(tag);
+  element.className = classes.join(" ");
+  for (const part of content) {
+    if (typeof part === "object" && !(part instanceof Node)) Object.assign(element, part);
+    else element.append(typeof part === "string" ? clip(part, LONGEST) : part);
+  }
   return element;
 }
 
-const plain = (text) => make("span", { className: "text", textContent: clip(text, LONGEST) });
-const code = (text) => make("code", { textContent: clip(text, LONGEST) });
+const plain = (text) => make("span.text", text ?? "");
+const code = (text) => make("code", text ?? "");
+
+function button(kind, act, ...content) {
+  const made = make(kind, { type: "button" }, ...content);
+  made.addEventListener("click", act);
+  return made;
+}
 
 function showSummary({ diff }) {
   document.title = clip(diff.title, 120);
   for (const key of SIDES) document.querySelector(`#name-${key}`).textContent = clip(diff[key].name, 200);
-  document.querySelector("#cards").append(...diff.summary.map(({ label, before, after, note }) => {
-    const both = before && after && before !== after;
-    const value = both ? [plain(before), make("span", { className: "quiet", textContent: " → " }), plain(after)] : [plain(after || before)];
-    return make("div", {}, make("dt", { textContent: clip(label, 60) }), make("dd", {}, ...value, make("small", { textContent: clip(note ?? "", 120) })));
-  }));
+  for (const { label, before, after, note } of diff.summary) {
+    const changed = before && after && before !== after;
+    const value = changed ? [plain(before), make("span.quiet", " → "), plain(after)] : [plain(after || before)];
+    const card = make("div", make("dt", label), make("dd", ...value, make("small", note ?? "")));
+    document.querySelector("#cards").append(card);
+  }
 }
+
+const MARKS = [
+  ["swatch", "unchanged"],
+  ["swatch.removed", "removed"],
+  ["swatch.added", "added"],
+  ["swatch.changed", "changed"],
+  ["swatch.miss", "near miss"],
+  ["swatch.chip", "read by many"],
+];
 
 function showLegend(page) {
-  const { diff } = page, legend = document.querySelector("#legend"), numbers = diff.patterns.map(() => 0);
-  for (const { pattern } of diff.regions) numbers[pattern]++;
+  const { diff } = page,
+    legend = document.querySelector("#legend"),
+    numbers = new Map();
+  for (const region of diff.regions) addTo(numbers, region.pattern, region);
   diff.patterns.forEach(({ name, about }, pattern) => {
-    if (!numbers[pattern]) return;
-    const mark = page.patternSwatch(pattern), label = make("span", { textContent: clip(name, 60) });
-    const button = make("button", { type: "button", title: clip(about ?? "", 200), ariaPressed: "false" }, mark, label, make("span", { className: "quiet", textContent: `${numbers[pattern]}` }));
-    button.addEventListener("click", () => page.choosePattern(page.chosen === pattern ? -1 : pattern));
-    button.pattern = pattern;
-    legend.append(button);
+    if (!numbers.has(pattern)) return;
+    const choose = () => page.choosePattern(page.chosen === pattern ? -1 : pattern);
+    const number = make("span.quiet", `${numbers.get(pattern).length}`);
+    const made = button("button", choose, page.patternSwatch(pattern), make("span", name), number);
+    legend.append(Object.assign(made, { pattern, title: clip(about ?? "", LONGEST), ariaPressed: "false" }));
   });
-  const marks = [["", "unchanged"], ["removed", "removed"], ["added", "added"], ["changed", "changed"], ["miss", "near miss"], ["chip", "read by many"]];
-  for (const [kind, label] of marks)
-    legend.append(make("span", { className: "key" }, make("span", { className: `swatch ${kind}` }), make("span", { className: "quiet", textContent: label })));
+  for (const [kind, label] of MARKS) legend.append(make("span.key", make(`span.${kind}`), make("span.quiet", label)));
 }
 
-class Details {
-  constructor(page, element) {
-    this.page = page;
-    this.element = element;
-  }
+// The list: every fusion once, however often it is made, and what was nearly one. It is printed beside the graphs.
 
-  show(selected) {
-    if (!selected) return this.showHint();
-    const { diff } = this.page, { side: key, node } = selected, side = diff[key];
-    const [name, op, , layer, attributes, inputs, outputs] = side.nodes[node];
-    const module = diff.module(key, node), label = layer < 0 ? "" : side.layers[layer].label;
-    this.element.replaceChildren(
-      make("h2", {}, plain(op)),
-      make("p", { className: "tag" }, this.page.swatch(key, node), `${this.page.state(key, node)}, ${key}`),
-      ...this.part("Name", code(name)),
-      ...(module ? this.part("Module", code(module)) : []),
-      ...(label && !module.startsWith(label) ? this.part("Layer", plain(label)) : []),
-      ...(attributes ? this.part("Attributes", code(attributes)) : []),
-      ...(diff.differences.has(node) && key === "after" ? this.part("What differs", plain(diff.differences.get(node))) : []),
-      ...this.misses(key, node),
-      ...(side.regions.get(node) ?? []).flatMap((region) => this.region(region, selected)),
-      ...this.counterpart(key, node),
-      ...this.values("Inputs", side, inputs, (value) => (side.producer[value] >= 0 ? [side.producer[value]] : [])),
-      ...this.values("Outputs", side, outputs, (value) => side.readers.get(value) ?? []),
-    );
-    this.element.scrollTop = 0;
-  }
-
-  showHint() {
-    this.element.replaceChildren(
-      make("h2", { textContent: "Details" }),
-      make("p", { className: "quiet", textContent: "Select an operator, in a graph or in the outline. What it became, or what it stands for, is marked in the other graph." }),
-    );
-  }
-
-  part(title, ...content) {
-    return content.length ? [make("h3", { textContent: title }), ...content] : [];
-  }
-
-  region(index, selected) {
-    const { diff } = this.page, { pattern, note, saved, before, after } = diff.regions[index], { name, about, line } = diff.patterns[pattern];
-    const links = (key, nodes) => this.list(nodes.filter((node) => key !== selected.side || node !== selected.node), (node) => [this.link(key, node)]);
-    return [
-      ...this.part("Fusion", make("p", { className: "tag" }, this.page.patternSwatch(pattern), make("strong", { textContent: clip(name, 80) }))),
-      ...(about ? [make("p", { className: "quiet", textContent: clip(about, LONGEST) })] : []),
-      ...(line ? this.part("Pattern", code(line)) : []),
-      ...(note ? this.part("Check", plain(note)) : []),
-      ...(saved ? this.part("Saved", plain(saved)) : []),
-      ...this.part(selected.side === "before" ? "Became" : "Together with", ...links("after", after)),
-      ...this.part(selected.side === "after" ? `Stands for ${count(before.length, "operator")}` : "Together with", ...links("before", before)),
-    ];
-  }
-
-  counterpart(key, node) {
-    const partner = this.page.diff[key].partner[node];
-    return partner < 0 ? [] : this.part(key === "before" ? "After" : "Before", ...this.list([partner], (one) => [this.link(opposite(key), one)]));
-  }
-
-  misses(key, node) {
-    const found = (key === "before" && this.page.diff.before.misses.get(node)) || [];
-    return found.map(({ pattern, expected, found, line }) => make("div", { className: "warning" },
-      make("strong", { textContent: `Nearly ${clip(this.page.diff.patterns[pattern]?.name ?? "", 80)}` }),
-      ...this.part("Expected", code(expected)), ...this.part("Found", code(found)), ...(line ? this.part("Pattern", code(line)) : [])));
-  }
-
-  values(title, side, values, ends) {
-    const present = values.filter((value) => value >= 0), kinds = ["", " · graph input", " · constant", " · read by many"];
-    return this.part(title, ...this.list(present, (value) => {
-      const [name, type, kind] = side.values[value], given = side.outputs.includes(value) ? " · graph output" : "";
-      const about = make("div", { className: "quiet" }, plain(`${type}${kinds[kind] ?? ""}${given}`));
-      return [code(name), about, ...this.list(ends(value), (node) => [this.link(side.key, node)])];
-    }));
-  }
-
-  list(items, show) {
-    if (!items.length) return [];
-    const rows = items.slice(0, LISTED).map((item) => make("li", {}, ...show(item)));
-    if (items.length > LISTED) rows.push(make("li", { className: "quiet", textContent: `and ${items.length - LISTED} more` }));
-    return [make("ul", { className: "links" }, ...rows)];
-  }
-
-  link(key, node) {
-    const side = this.page.diff[key], button = make("button", { type: "button" },
-      make("strong", { textContent: side.label(node) }), make("span", { className: "name", textContent: clip(side.nodes[node][NAME], 80) }));
-    button.addEventListener("click", () => this.page.select({ side: key, node }, { from: this }));
-    button.addEventListener("pointerenter", () => this.page.hover({ side: key, node }));
-    button.addEventListener("pointerleave", () => this.page.hover(null));
-    return button;
-  }
-}
-
-// The list: every fusion once, however often it is made; and what was nearly one. It is what is printed beside the graphs.
+const FUSIONS = ["Fusion", "Times", "First at", "Replaces", "Check", "Saved by each", "Pattern"];
+const MISSES = ["Nearly", "Times", "First at", "Expected", "Found", "Pattern"];
 
 function showList(page) {
-  const { diff } = page, list = document.querySelector("#list"), tables = [fusionTable(page)];
-  if (diff.misses.length) tables.push(missTable(page));
-  const rest = [["before", ALONE, "Removed"], ["after", ALONE, "Added"], ["before", CHANGED, "Changed"]].map((row) => operatorsOf(diff, ...row)).filter(Boolean);
-  list.append(...tables, ...rest);
+  const { diff } = page,
+    alike = new Map(),
+    list = document.querySelector("#list");
+  for (const region of diff.regions) addTo(alike, `${region.pattern} ${tally(diff.before, region.before)}`, region);
+  const groups = [...alike.values()].sort((a, b) => a[0].pattern - b[0].pattern || b.length - a.length);
+  list.append(
+    table(
+      "Fusions",
+      FUSIONS,
+      groups.map((regions) => fusionRow(page, regions)),
+    ),
+  );
+  if (diff.misses.length)
+    list.append(
+      table(
+        "Near misses",
+        MISSES,
+        diff.misses.map((miss) => missRow(page, miss)),
+      ),
+    );
+  for (const [key, status, title] of [
+    ["before", ALONE, "Removed"],
+    ["after", ALONE, "Added"],
+    ["before", CHANGED, "Changed"],
+  ]) {
+    const side = diff[key],
+      nodes = [...side.status.keys()].filter((node) => side.status[node] === status);
+    if (nodes.length)
+      list.append(make("p", make("strong", `${title}: ${count(nodes.length, "operator")}. `), tally(side, nodes)));
+  }
 }
 
 function table(title, head, rows) {
-  const cells = (row) => row.map((cell) => make("td", {}, ...[cell].flat()));
-  return make("table", {}, make("caption", { textContent: title }),
-    make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col", textContent: text })))),
-    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row)))));
+  const cells = (row) => row.map((cell) => make("td", ...[cell].flat()));
+  const names = head.map((name) => make("th", { scope: "col" }, name));
+  const body = rows.map((row) => make("tr", ...cells(row)));
+  return make("table", make("caption", title), make("thead", make("tr", ...names)), make("tbody", ...body));
 }
 
-function fusionTable(page) {
-  const { diff } = page, alike = new Map();
-  for (const region of diff.regions) addTo(alike, `${region.pattern} ${tally(diff.before, region.before)}`, region);
-  const groups = [...alike.values()].sort((a, b) => a[0].pattern - b[0].pattern || b.length - a.length);
-  return table("Fusions", ["Fusion", "Times", "First at", "Replaces", "Check", "Saved by each", "Pattern"], groups.map((regions) => {
-    const [{ pattern, after, before, note, saved }] = regions, at = after.length ? ["after", after[0]] : ["before", before[0]];
-    return [
-      [page.patternSwatch(pattern), jump(page, diff.patterns[pattern].name, at)], `${regions.length}`, plain(diff.module(...at)),
-      plain(`${count(before.length, "operator")}: ${tally(diff.before, before)}`), plain(note ?? ""), plain(saved ?? ""), code(diff.patterns[pattern].line ?? ""),
-    ];
-  }));
+function fusionRow(page, regions) {
+  const { diff } = page,
+    [{ pattern, after, before, note, saved }] = regions,
+    { name, line } = diff.patterns[pattern];
+  const at = after.length ? ["after", after[0]] : ["before", before[0]];
+  const replaced = `${count(before.length, "operator")}: ${tally(diff.before, before)}`;
+  const link = [page.patternSwatch(pattern), jump(page, name, at)];
+  return [link, `${regions.length}`, plain(diff.module(...at)), plain(replaced), plain(note), plain(saved), code(line)];
 }
 
-function missTable(page) {
-  const { diff } = page;
-  return table("Near misses", ["Nearly", "Times", "First at", "Expected", "Found", "Pattern"], diff.misses.map((miss) => [
-    [make("span", { className: "swatch miss" }), jump(page, diff.patterns[miss.pattern]?.name ?? "", ["before", miss.before])],
-    `${1 + (miss.also?.length ?? 0)}`, plain(diff.module("before", miss.before)), code(miss.expected), code(miss.found), code(miss.line ?? ""),
-  ]));
+function missRow(page, { pattern, before, expected, found, line, also }) {
+  const { diff } = page,
+    link = [make("span.swatch.miss"), jump(page, diff.patterns[pattern].name, ["before", before])];
+  const times = `${1 + also.length}`,
+    place = plain(diff.module("before", before));
+  return [link, times, place, code(expected), code(found), code(line)];
 }
 
 function jump(page, name, [side, node]) {
-  const button = make("button", { type: "button", textContent: clip(name, 80) });
-  button.addEventListener("click", () => {
+  const go = () => {
     page.setMode("both");
-    page.select({ side, node }, { from: button });
-  });
-  return button;
+    page.select({ side, node }, { everywhere: true });
+  };
+  return button("button", go, clip(name, 80));
 }
 
 /** Operators with how often each is there: `Mul ×3, Add`. */
 function tally(side, nodes) {
   const numbers = new Map();
-  for (const node of nodes) numbers.set(side.label(node), (numbers.get(side.label(node)) ?? 0) + 1);
-  return [...numbers].sort((a, b) => b[1] - a[1]).map(([op, number]) => (number > 1 ? `${op} ×${number}` : op)).join(", ");
-}
-
-function operatorsOf(diff, key, status, title) {
-  const side = diff[key], nodes = [...side.status.keys()].filter((node) => side.status[node] === status);
-  return nodes.length && make("p", {}, make("strong", { textContent: `${title}: ${count(nodes.length, "operator")}. ` }), plain(tally(side, nodes)));
+  for (const node of nodes) addTo(numbers, side.label(node), node);
+  const most = [...numbers].sort((a, b) => b[1].length - a[1].length);
+  return most.map(([op, { length }]) => (length > 1 ? `${op} ×${length}` : op)).join(", ");
 }

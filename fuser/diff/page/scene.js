@@ -1,8 +1,12 @@
 // Where everything of one side stands: a scene is flat arrays of boxes, and frames: the top scope, and one for each layer
 // that is drawn. A folded run of layers has one frame, of the layer that is shown; an unfolded one has a frame a layer.
 
-const BOX_HEIGHT = 20, FOLD_PADDING = 12, FOLD_HEADER = 24; // px, as in fuser/diff/document.py
-const LAYER_GAP = 10, HULL = 7, LONGEST_LINK = 400; // a longer edge is no part of a hull
+const BOX_HEIGHT = 20,
+  FOLD_PADDING = 12,
+  FOLD_HEADER = 24; // px, as in fuser/diff/document.py
+const LAYER_GAP = 10,
+  HULL = 7,
+  LONGEST_LINK = 400; // a longer edge is no part of a hull
 
 const boxWidth = (label) => Math.max(40, Math.min(200, 7 * label.length + 14));
 const period = (scope) => scope.height + FOLD_HEADER + FOLD_PADDING + LAYER_GAP; // from one unfolded layer to the next
@@ -19,7 +23,8 @@ class Scene {
   }
 
   build() {
-    const { side } = this, [top] = side.scopes;
+    const { side } = this,
+      [top] = side.scopes;
     const frames = side.folds.map((_, fold) => this.drawn(fold));
     const size = top.places.length + frames.flat().reduce((sum, layer) => sum + side.members[layer].length, 0);
     this.x = new Float32Array(size).fill(NaN); // the centre
@@ -54,7 +59,8 @@ class Scene {
     this.shifts = [];
     for (const [item, , y] of top.places) {
       if (item >= 0 || !this.open[-1 - item]) continue;
-      const scope = this.scope(-1 - item), more = this.side.folds[-1 - item].layers.length - 1;
+      const scope = this.scope(-1 - item),
+        more = this.side.folds[-1 - item].layers.length - 1;
       this.shifts.push([y, more * period(scope)]);
     }
   }
@@ -71,8 +77,10 @@ class Scene {
   }
 
   putFold(fold, x, y, layers) {
-    const { side } = this, scope = this.scope(fold);
-    const left = x - scope.width / 2, top = this.shifted(y) - (scope.height + FOLD_HEADER + FOLD_PADDING) / 2;
+    const { side } = this,
+      scope = this.scope(fold);
+    const left = x - scope.width / 2,
+      top = this.shifted(y) - (scope.height + FOLD_HEADER + FOLD_PADDING) / 2;
     layers.forEach((layer, number) => {
       const frame = { fold, layer, scope, x: left, y: top + FOLD_HEADER + number * period(scope), first: this.size };
       this.frames.push(frame);
@@ -94,7 +102,8 @@ class Scene {
 
   /** Nodes of the layers that are not drawn are found where their like in the shown layer is. */
   standIn(fold) {
-    const { side } = this, shown = side.members[this.shown[fold]];
+    const { side } = this,
+      shown = side.members[this.shown[fold]];
     for (const layer of side.folds[fold].layers)
       side.members[layer].forEach((node, position) => (this.box[node] = this.box[shown[position]]));
   }
@@ -122,7 +131,7 @@ class Scene {
   }
 
   /** The node at an end of an edge; -1 where it is a whole run of layers or the border. */
-  nodeAt(frame, item) {
+  nodeOf(frame, item) {
     if (item === null || item < 0) return -1;
     return frame.fold < 0 ? item : this.side.members[frame.layer][item];
   }
@@ -139,9 +148,10 @@ class Scene {
   /** The hulls of a frame: for each region its boxes, and the edges between them. */
   hulls(frame) {
     return this.cached(`hulls ${frame.layer}`, () => {
-      const hulls = new Map(), nodes = frame.fold < 0 ? frame.scope.places.map(([item]) => item) : this.side.members[frame.layer];
-      for (const node of nodes) {
-        for (const region of (node >= 0 && this.side.regions.get(node)) || []) this.addToHull(hulls, region, node, frame);
+      const hulls = new Map(),
+        places = frame.scope.places.filter(([item]) => item >= 0);
+      for (const node of places.map(([item]) => this.nodeOf(frame, item))) {
+        for (const region of this.side.regions.get(node) ?? []) this.addToHull(hulls, region, node, frame);
       }
       for (const edge of frame.scope.edges) this.addLink(hulls, edge, frame);
       return [...hulls.values()];
@@ -153,18 +163,21 @@ class Scene {
       const { pattern } = this.diff.regions[region];
       hulls.set(region, { region, pattern, boxes: new Path2D(), links: new Path2D(), size: 0, x: 0, y: Infinity });
     }
-    const hull = hulls.get(region), box = this.box[node], width = this.widths[node];
-    const x = this.x[box] - frame.x - width / 2, y = this.y[box] - frame.y - BOX_HEIGHT / 2;
+    const hull = hulls.get(region),
+      { left, top, width } = this.bounds(this.box[node]);
+    const x = left - frame.x,
+      y = top - frame.y;
     hull.boxes.roundRect(x - HULL, y - HULL, width + 2 * HULL, BOX_HEIGHT + 2 * HULL, HULL + 3);
     hull.size++;
     if (y < hull.y) Object.assign(hull, { x, y });
   }
 
   addLink(hulls, edge, frame) {
-    const from = this.nodeAt(frame, edge[0]), to = this.nodeAt(frame, edge[1]);
-    const shared = (from >= 0 && to >= 0 && this.side.regions.get(to)) || [];
+    const from = this.nodeOf(frame, edge[0]),
+      to = this.nodeOf(frame, edge[1]);
+    const own = this.side.regions.get(from) ?? [],
+      shared = own.filter((one) => this.side.regions.get(to)?.includes(one));
     for (const region of shared) {
-      if (!this.side.regions.get(from)?.includes(region)) continue;
       const points = this.points(frame, edge);
       if (points.at(-1) - points[1] <= LONGEST_LINK) curve(hulls.get(region).links, points);
     }
@@ -175,18 +188,27 @@ class Scene {
     return this.paths.get(name);
   }
 
-  /** The box at a place, or -1. */
-  boxAt(x, y) {
+  /** The left, the top and the width of a box. */
+  bounds(box) {
+    const width = this.widths[this.node[box]];
+    return { left: this.x[box] - width / 2, top: this.y[box] - BOX_HEIGHT / 2, width };
+  }
+
+  /** The node whose box is at a place, or -1. */
+  nodeAt(x, y) {
     for (let box = 0; box < this.size; box++) {
-      const near = Math.abs(this.y[box] - y) <= BOX_HEIGHT / 2;
-      if (near && Math.abs(this.x[box] - x) <= this.widths[this.node[box]] / 2) return box;
+      const { left, top, width } = this.bounds(box);
+      if (y >= top && y <= top + BOX_HEIGHT && x >= left && x <= left + width) return this.node[box];
     }
     return -1;
   }
 
   /** The run of layers whose header is at a place, or -1. */
   headerAt(x, y) {
-    return this.folds.findIndex((fold) => fold && x >= fold.x && x <= fold.x + fold.width && y >= fold.y && y <= fold.y + FOLD_HEADER);
+    return this.folds.findIndex((fold) => {
+      const across = fold && x >= fold.x && x <= fold.x + fold.width;
+      return across && y >= fold.y && y <= fold.y + FOLD_HEADER;
+    });
   }
 }
 
