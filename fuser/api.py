@@ -100,7 +100,6 @@ class FusedModel:
         assert self.report.explanation is not None
         return explanation_text(self.report.explanation, everything=everything)
 
-
     def diff(self) -> Diff:
         """What was fused, before and after: `.save("diff.html")` (or .svg, .txt, .json), `.text()`, or shown in a notebook."""
         return of_fused(self.read, self.graph, self.report)

@@ -297,7 +297,7 @@ def test_one_layer_edited(change: Callable[[ModelProto], ModelProto]) -> None:
     right = sum(pairs.get(n) == places[first.nodes[n].name] for n in untouched)
     assert right >= ALIGNED * len(untouched)
     texts = {second.operators[c.after]: c.text for c in found.changed}
-    assert texts["Softmax"] == "axis: none -> -2"  # -1 is the default
+    assert texts["Softmax"] == "axis: -1 -> -2"
     assert "other elements" in texts["MatMul"]
     (region,) = found.regions
     assert {first.nodes[n].name for n in region.before} == touched and region.kind == "Gelu" and not region.recorded
@@ -309,7 +309,10 @@ def test_one_layer_edited(change: Callable[[ModelProto], ModelProto]) -> None:
 def test_layers_are_folded() -> None:
     document = fuser.fuse(zoo.exported("llama", "torchscript", layers=32), verify=False).diff().document
     for side in (document.before, document.after):
-        assert [fold.layers for fold in side.folds] == [(0,), tuple(range(1, 32))]  # the first norm has no sum before it
+        assert [fold.layers for fold in side.folds] == [
+            (0,),
+            tuple(range(1, 32)),
+        ]  # the first norm has no sum before it
         assert side.folds[1].label.endswith("layers.1-31")
         for fold in side.folds:
             columns = [[side.nodes[n] for n in side.members[layer]] for layer in fold.layers]

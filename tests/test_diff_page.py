@@ -97,7 +97,9 @@ def test_opens_from_a_file(shown: Opened) -> None:
     assert page.title() == "decoder"
     assert page.locator("h1").inner_text() == "decoder.onnx → decoder.fused.onnx"
     assert page.locator("#cards div").first.inner_text().split("\n") == ["operators", "94 → 21", "-78%"]
-    assert page.locator("#legend button").all_inner_texts() == [f"{name}\n{4 if name == 'skip_rms_norm' else 2}" for name in PATTERNS]
+    assert page.locator("#legend button").all_inner_texts() == [
+        f"{name}\n{4 if name == 'skip_rms_norm' else 2}" for name in PATTERNS
+    ]
     label = page.locator("figure[data-side=before] canvas.graph").get_attribute("aria-label")
     assert "94 operators" in label and "2 repeated layers, folded" in label
 
@@ -187,7 +189,15 @@ def test_clicking_shows_details(shown: Opened, toy: tuple[Path, dict[str, Any]])
     region, details = document["regions"][0], shown.page.locator("#details")
     click(shown, "after", region["after"][0])
     text = details.inner_text()
-    for wanted in ("fuser.skip_rms_norm", "model.layers.0.input_layernorm", "patterns/skip_rms_norm.py:24", region["note"], region["saved"], "Stands for 8 operators", "float32[batch, sequence, 64]"):
+    for wanted in (
+        "fuser.skip_rms_norm",
+        "model.layers.0.input_layernorm",
+        "patterns/skip_rms_norm.py:24",
+        region["note"],
+        region["saved"],
+        "Stands for 8 operators",
+        "float32[batch, sequence, 64]",
+    ):
         assert wanted in text
     details.get_by_role("button").filter(has_text="ReduceMean").first.click()
     assert details.locator("h2").inner_text() == "ReduceMean"
@@ -211,7 +221,10 @@ def test_search_goes_through_what_it_finds(shown: Opened, toy: tuple[Path, dict[
     wanted = [node for node, item in enumerate(nodes) if item[1] == "Softmax"]
     assert page.locator("#found").inner_text() == "2 matches"
     page.keyboard.press("Enter")
-    assert state(shown)["selected"] == {"side": "before", "node": wanted[0]} and page.locator("#found").inner_text() == "1 of 2"
+    assert (
+        state(shown)["selected"] == {"side": "before", "node": wanted[0]}
+        and page.locator("#found").inner_text() == "1 of 2"
+    )
     page.keyboard.press("Enter")
     now = state(shown)
     assert now["selected"]["node"] == wanted[1] and in_view(shown, "before", wanted[1])
@@ -225,7 +238,11 @@ def test_search_goes_through_what_it_finds(shown: Opened, toy: tuple[Path, dict[
 
 
 def test_search_finds_modules_and_names(shown: Opened) -> None:
-    for text, number in (("post_attention_layernorm", "18 matches"), ("lm_head", "1 match"), ("/softmax_", "2 matches")):
+    for text, number in (
+        ("post_attention_layernorm", "18 matches"),
+        ("lm_head", "1 match"),
+        ("/softmax_", "2 matches"),
+    ):
         shown.page.locator("#query").fill(text)
         assert shown.page.locator("#found").inner_text() == number
 
@@ -266,13 +283,26 @@ def test_one_graph_takes_the_place_of_the_other(shown: Opened, toy: tuple[Path, 
     page.keyboard.press("4")
     assert page.locator("#list table").first.is_visible() and not page.locator("#panes").is_visible()
     page.keyboard.press("1")
-    assert page.locator("figure[data-side=before]").is_visible() and page.locator("figure[data-side=after]").is_visible()
+    assert (
+        page.locator("figure[data-side=before]").is_visible() and page.locator("figure[data-side=after]").is_visible()
+    )
 
 
 def test_outline_by_keyboard(shown: Opened) -> None:
     page = shown.page
     page.locator("#tree [role=treeitem]").first.focus()
-    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowDown", "Enter"):
+    for key in (
+        "ArrowRight",
+        "ArrowDown",
+        "ArrowDown",
+        "ArrowRight",
+        "ArrowDown",
+        "ArrowRight",
+        "ArrowDown",
+        "ArrowRight",
+        "ArrowDown",
+        "Enter",
+    ):
         page.keyboard.press(key)
     item = page.locator("[role=treeitem][aria-selected=true]")
     assert item.get_attribute("aria-label") == "skip_rms_norm, fused" and item.get_attribute("aria-level") == "5"
@@ -298,7 +328,19 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(shown: Opened) -> None
             break
         reached.append(name)
     assert all(len(name.split()) > 2 and name.endswith(("solid", "auto")) for name in reached), reached
-    for wanted in ("Side by side", "List", "Search", "Next fusion", "Unfold layers", "Fit", "Dark", "Keyboard help", "decoder.onnx, before", "decoder.fused.onnx, after", "gated_mlp"):
+    for wanted in (
+        "Side by side",
+        "List",
+        "Search",
+        "Next fusion",
+        "Unfold layers",
+        "Fit",
+        "Dark",
+        "Keyboard help",
+        "decoder.onnx, before",
+        "decoder.fused.onnx, after",
+        "gated_mlp",
+    ):
         assert any(wanted in name for name in reached), wanted
 
 
@@ -501,9 +543,9 @@ HOSTILE = [
     "]]><script>window.canary=1</script>",
     "</style><script>window.canary=1</script>",
     "</title></textarea></noscript><script>window.canary=1</script>",
-    f"\"><script>{SCRIPT}</script>",
+    f'"><script>{SCRIPT}</script>',
     f"' onmouseover='{SCRIPT}' x='",
-    f"\" onfocus=\"{SCRIPT}\" tabindex=0 x=\"",
+    f'" onfocus="{SCRIPT}" tabindex=0 x="',
     f"`${{{SCRIPT}}}`",
     "{{script}}{{csp}}{{document}}",
     "${window.canary=1}#{window.canary=1}<%= 1 %>",

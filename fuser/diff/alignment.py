@@ -351,7 +351,7 @@ def _difference(
     a, b = before.nodes[source], after.nodes[number]
     if before.operators[source] != after.operators[number]:
         return f"{before.operators[source]} -> {after.operators[number]}"
-    old, new = before.attributes[source], after.attributes[number]
+    old, new = before.meant[source], after.meant[number]
     found = [
         f"{name}: {old.get(name, 'none')} -> {new.get(name, 'none')}"
         for name in sorted({*old, *new})
