@@ -97,7 +97,7 @@ class Page(HTMLParser):
 
 def test_page(demo: Diff) -> None:
     """One file; its policy lets run what it holds and nothing else, and asks nothing of any network."""
-    page = Page(demo.html)
+    page = Page(demo.html())
     held = dict(page.held)
     assert json.loads(held["application/json"]) == json.loads(json.dumps(demo.to_json()))
     metas = [dict(attributes) for tag, attributes in page.tags if tag == "meta"]
@@ -113,7 +113,7 @@ def test_page(demo: Diff) -> None:
     assert [tag for tag, _ in page.tags].count("script") == 2
     names = {name for _, attributes in page.tags for name, _ in attributes}
     assert not [name for name in names if name.startswith("on") or name in ("src", "href", "srcset", "style")]
-    assert "{{" not in re.sub(r"<script.*</script>", "", demo.html, flags=re.DOTALL)
+    assert "{{" not in re.sub(r"<script.*</script>", "", demo.html(), flags=re.DOTALL)
 
 
 def test_page_is_found_where_it_is_installed() -> None:
@@ -125,7 +125,7 @@ def test_page_is_found_where_it_is_installed() -> None:
 def test_notebooks(demo: Diff) -> None:
     """A frame of its own origin: the page's script runs in it and reaches nothing outside."""
     (frame,) = [dict(attributes) for tag, attributes in Page(demo._repr_html_()).tags if tag == "iframe"]
-    assert frame["sandbox"] == "allow-scripts" and frame["srcdoc"] == demo.html
+    assert frame["sandbox"] == "allow-scripts" and frame["srcdoc"] == demo.html()
 
 
 def drawn(text: str) -> list[ElementTree.Element]:
@@ -223,7 +223,7 @@ def test_hostile_data_is_bounded_and_visible(hostile: Diff) -> None:
 
 def test_hostile_page_is_the_same_page(hostile: Diff, demo: Diff) -> None:
     """Not one element or attribute more than in any page, and the data is the document."""
-    found, usual = Page(hostile.html), Page(demo.html)
+    found, usual = Page(hostile.html()), Page(demo.html())
 
     def tags(page: Page) -> list[Any]:
         return [tag for tag in page.tags if tag[0] != "meta"]
@@ -232,13 +232,13 @@ def test_hostile_page_is_the_same_page(hostile: Diff, demo: Diff) -> None:
     assert dict(found.held)["module"] == dict(usual.held)["module"]
     assert json.loads(dict(found.held)["application/json"]) == json.loads(json.dumps(hostile.to_json()))
     assert not set(dict(found.held)["application/json"]) & {"<", ">", "&", "\u2028", "\u2029"}
-    assert len(hostile.html) < len(demo.html) + 200_000
+    assert len(hostile.html()) < len(demo.html()) + 200_000
 
 
 def test_the_page_test_sees_what_is_not_escaped(hostile: Diff, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the escapes taken away, the same hostile model does get elements into the page."""
     monkeypatch.setattr("fuser.diff.html.ESCAPES", {})
-    broken = Page(Diff(hostile.document).html)
+    broken = Page(Diff(hostile.document).html())
     assert [tag for tag, _ in broken.tags].count("script") > 2
 
 
@@ -261,7 +261,7 @@ def test_thirty_two_layers() -> None:
     fused = fuser.fuse(path, verify=False)
     assert fused.report.nodes_before > 6_500
     start = time.process_time()
-    page = fused.diff().html
+    page = fused.diff().html()
     seconds = time.process_time() - start
     print(f"\n{len(page) / 1e6:.2f} MB of HTML in {seconds:.2f} s")
     assert len(page.encode()) < 3_000_000
