@@ -3,7 +3,22 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuser.diff.document import Changed, Document, Edge, Fold, Item, Kind, Miss, Pattern, Place, Region, Row, Scope, Side, Tensor
+from fuser.diff.document import (
+    Changed,
+    Document,
+    Edge,
+    Fold,
+    Item,
+    Kind,
+    Miss,
+    Pattern,
+    Place,
+    Region,
+    Row,
+    Scope,
+    Side,
+    Tensor,
+)
 
 RANK, COLUMN = 56, 110  # px from one box to the next
 PATTERNS = ("skip_rms_norm", "qkv_linear", "rotary_cache_write", "attention", "gate_up_linear", "gated_mlp")
@@ -82,7 +97,16 @@ def decoder(layers: int, repeats: int = 1) -> Document:
     return made
 
 
-def _block(made: Document, before: _Graph, after: _Graph, masks: list[int], module: str, layer: int, ops: tuple[str, ...], pattern: str | None) -> None:
+def _block(
+    made: Document,
+    before: _Graph,
+    after: _Graph,
+    masks: list[int],
+    module: str,
+    layer: int,
+    ops: tuple[str, ...],
+    pattern: str | None,
+) -> None:
     scores = ops is SCORES
     old = tuple(before.add(op, module, layer, *((masks[0],) if scores and op == "Add" else ())) for op in ops)
     if pattern:
@@ -96,7 +120,9 @@ def _block(made: Document, before: _Graph, after: _Graph, masks: list[int], modu
 def _lay_out(side: Side) -> None:
     """Layers two columns wide, the other nodes in one, above and below."""
     members = side.members[0]
-    place = {node: (COLUMN * (0.7 + position % 2), RANK * (0.5 + position // 2)) for position, node in enumerate(members)}
+    place = {
+        node: (COLUMN * (0.7 + position % 2), RANK * (0.5 + position // 2)) for position, node in enumerate(members)
+    }
     first = {value: node for node, item in enumerate(side.nodes) for value in item.outputs}
     edges = []
     for node in members:

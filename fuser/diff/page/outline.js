@@ -53,12 +53,13 @@ function home(diff, key, node) {
 /** The names from the top to a node: the stack of its layer, the run, the layer, the modules within. */
 function pathOf(diff, key, node) {
   const side = diff[key],
-    layer = side.layers[side.nodes[node][LAYER]],
     module = diff.module(key, node);
+  const isIn = ({ label }) => `${module}.`.startsWith(`${label}.`); // what layers share stands in the first's module
+  const layer = side.layers[side.nodes[node][LAYER]] ?? side.layers.find(isIn);
   if (!layer) return module ? module.split(".") : [];
   const { label, layers } = side.folds[layer.fold],
     stack = layer.label.split(".").slice(0, -1);
-  const run = layers.length > 1 ? [`${label.split(".").at(-1)} × ${layers.length}`] : [];
+  const run = layers.length > 1 ? [`${label} × ${layers.length}`] : [];
   const inside = module.startsWith(`${layer.label}.`) ? module.slice(layer.label.length + 1).split(".") : [];
   return [...stack, ...run, layer.label, ...inside];
 }
@@ -86,6 +87,7 @@ class Outline {
     while (branch.branches.size === 1 && !branch.leaves.length) {
       // a path without forks is one item
       [branch] = branch.branches.values();
+      if (branch.label.startsWith(`${names.at(-1)}.`)) names.pop(); // layers.0-31 says layers
       names.push(branch.label);
     }
     const { before, after } = branch.counts;

@@ -51,10 +51,34 @@ class Painter {
       near = scale >= TEXT_FROM;
     for (const frame of frames) if (frame.fold >= 0) this.drawFold(c, frame);
     for (const frame of frames) this.inFrame(c, frame, () => this.drawFrame(c, frame));
-    this.drawBoxes(c);
+    const visible = this.drawBoxes(c);
     if (near && pane.key === "before")
       for (const frame of frames) this.inFrame(c, frame, () => this.nameHulls(c, frame));
     this.drawHighlights(c);
+    if (scale >= CHIPS_FROM) this.drawChips(c, visible);
+    for (const box of visible) if (this.side.misses.has(scene.node[box])) this.drawMiss(c, box);
+    if (near) this.drawPlace(c, frames);
+  }
+
+  /** Where the header of a layer is out of view, what layer it is. */
+  drawPlace(c, frames) {
+    const { left, top } = this.seen,
+      above = frames.find(({ fold, y, scope }) => fold >= 0 && y < top && y + scope.height > top + 60);
+    if (!above) return;
+    const { scope, x } = above,
+      unit = 1 / this.scale,
+      from = Math.max(left, x - FOLD_PADDING) + 8 * unit;
+    if (from > x + scope.width) return;
+    c.font = `600 ${11 * unit}px ${FONT}`;
+    const text = clip(this.side.layers[above.layer].label, 40),
+      width = c.measureText(text).width + 16 * unit;
+    c.fillStyle = this.colours.paper;
+    c.strokeStyle = this.colours.line;
+    c.lineWidth = unit;
+    this.fillRound(c, from, top + 8 * unit, width, 20 * unit, 6 * unit);
+    c.stroke();
+    c.fillStyle = this.colours.ink;
+    c.fillText(text, from + 8 * unit, top + 22 * unit);
   }
 
   isSeen({ fold, y, scope }) {
@@ -159,6 +183,7 @@ class Painter {
     return { fill: after ? pale : k.paper, line: deep, afar: mid };
   }
 
+  /** Draws them and gives those that are near enough to have more on them. */
   drawBoxes(c) {
     const { scene, seen, scale } = this,
       near = scale >= SHAPES_FROM,
@@ -174,8 +199,7 @@ class Painter {
       if (near) visible.push(box);
     }
     if (scale >= TEXT_FROM) this.drawTexts(c, visible);
-    if (scale >= CHIPS_FROM) this.drawChips(c, visible);
-    for (const box of visible) if (this.side.misses.has(scene.node[box])) this.drawMiss(c, box);
+    return visible;
   }
 
   drawBox(c, left, top, width, { line, dashed }) {

@@ -96,12 +96,14 @@ class Page {
     }
   }
 
-  /** In a folded run of layers, the layer of the nodes is the one to show. */
+  /** In a folded run of layers, the layer of the nodes, or of most of them, is the one to show. */
   showLayers(pane, nodes) {
-    const { side, scene } = pane;
-    for (const layer of nodes.map((node) => side.nodes[node][LAYER]).filter((layer) => layer >= 0)) {
-      const { fold } = side.layers[layer];
-      if (scene.open[fold] || scene.shown[fold] === layer) continue;
+    const { side, scene } = pane,
+      layers = new Map();
+    for (const node of nodes) addTo(layers, side.nodes[node][LAYER], node);
+    for (const [layer] of [...layers].sort((a, b) => a[1].length - b[1].length)) {
+      const fold = side.layers[layer]?.fold ?? -1;
+      if (fold < 0 || scene.open[fold] || scene.shown[fold] === layer) continue;
       scene.shown[fold] = layer;
       this.rebuild(pane);
     }
