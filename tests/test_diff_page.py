@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fuser.api import fuse
+from fuser.diff.comparison import Diff
 from fuser.diff.html import html
 from tests import zoo
 from tests.browser import Opened, chromium, opened
@@ -381,6 +382,20 @@ CONTRASTS = """() => {
   const lines = [[k.removed, k.paper], [k.added, k.paper], [k.changed, k.paper], [k.accent, k.paper]];
   return [Math.min(...texts.map(([a, b]) => ratio(a, b))), Math.min(...lines.map(([a, b]) => ratio(a, b)))];
 }"""
+
+
+def test_in_the_frame_of_a_notebook(browser: Any, tmp_path: Path) -> None:
+    """A frame without the rights of its page, and narrow: what is beside the graphs is above and below them."""
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><body>{Diff(decoder(2))._repr_html_()}", encoding="utf-8")
+    with opened(browser, path, viewport={"width": 800, "height": 700}) as window:
+        frame = window.page.frame_locator("iframe")
+        frame.locator("#legend button").first.click()
+        assert "fuser.skip_rms_norm" in frame.locator("#details").inner_text()
+        assert frame.locator("body").evaluate(f"() => {READY}")
+        widths = frame.locator("body").evaluate("(body) => [body.scrollWidth, body.clientWidth]")
+        assert widths[0] <= widths[1]
+        assert window.errors == [] and [url for url in window.requests if not url.startswith(("file:", "about:"))] == []
 
 
 # Real models.
