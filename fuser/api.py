@@ -25,7 +25,7 @@ from fuser.graph import FUSER, Graph
 from fuser.importer import external_files, from_proto, read_model
 from fuser.layers import steps
 from fuser.lowering import TARGETS
-from fuser.pipeline import Progress, canonicalized, input_roles, quantization, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, input_roles, outlined, quantization, rewritten, stage, weight_bytes
 from fuser.quantized import unrounded
 from fuser.quantizing import Choices, choices
 from fuser.report import Report, explanation_text
@@ -45,7 +45,7 @@ class FusedModel:
     ) -> None:
         self.graph = graph
         self.report = report
-        self.read = read  # the graph as it was read
+        self.read = read  # the graph as it was read, without its weights
         self.sources = sources  # the files it was read from
         self._artifact = artifact
 
@@ -99,7 +99,6 @@ class FusedModel:
         """
         assert self.report.explanation is not None
         return explanation_text(self.report.explanation, everything=everything)
-
 
     def diff(self) -> Diff:
         """What was fused, before and after: `.save("diff.html")` (or .svg, .txt, .json), `.text()`, or shown in a notebook."""
@@ -249,8 +248,9 @@ def _report(path: Path | None, target: str) -> Report:
 
 @dataclass(frozen=True)
 class _Made:
-    """A fused graph; the graph as it was read; the one that it is held against where that is not its source; the files it was
-    read from; the roles of its inputs, or why there are none; the accuracy level of the source's products with codes."""
+    """A fused graph; the graph as it was read, without weights; the one that it is held against where that is not its source;
+    the files it was read from; the roles of its inputs, or why there are none; the accuracy level of the source's products
+    with codes."""
 
     graph: Graph
     read: Graph
@@ -282,7 +282,7 @@ def _rewritten(
         sources = {path, *external_files(proto, path.parent)} if path else set()
         graph = from_proto(proto, path.parent if path else Path(), dims, path)
         report.weights_bytes_before = weight_bytes(graph)
-        before, read = steps(graph), graph.clone()
+        before, read = steps(graph), outlined(graph)
     level = max((node.attributes.get("accuracy_level", 0) for node in graph.nodes), default=0)
     canonicalized(graph, report, note)
     found, unfit = input_roles(graph) if verify and compared else ([], "")

@@ -17,7 +17,7 @@ from fuser.errors import InputError, UsageError, VerificationError
 from fuser.fx import evaluating, export_module, import_program
 from fuser.graph import Graph
 from fuser.layers import steps
-from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, outlined, rewritten, stage, weight_bytes
 from fuser.quantized import unrounded
 from fuser.report import Report
 from fuser.runtime.executor import Executor
@@ -48,7 +48,7 @@ class Linked:
     graph: Graph
     report: Report
     engine: Executor | None  # None where weights have no elements
-    read: Graph  # as it was captured
+    read: Graph  # as it was captured, without weights
 
     @property
     def executor(self) -> Executor:
@@ -195,7 +195,7 @@ def linked(
         graph = import_program(program, inputs=inputs, outputs=outputs)
         report.nodes_before = len(graph.nodes)
         report.weights_bytes_before = weight_bytes(graph)
-        before, read = steps(graph), graph.clone()
+        before, read = steps(graph), outlined(graph)
     canonicalized(graph, report, options.note)
     rewritten(graph, before, report, options.note, verify=options.verify)
     report.nodes_after, report.weights_bytes_after = len(graph.nodes), weight_bytes(graph)

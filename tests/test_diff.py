@@ -97,6 +97,14 @@ def test_the_record_of_a_file(tmp_path: Path) -> None:
         }
 
 
+def test_a_file_that_fuser_wrote_and_itself(tmp_path: Path) -> None:
+    for target in ("ort", "functions"):
+        fuser.fuse(DEMO, verify=False, target=target).save(tmp_path / "fused.onnx")
+        document = comparison.of_files(tmp_path / "fused.onnx", tmp_path / "fused.onnx").document
+        assert document.pairs == [(n, n) for n in range(len(document.before.nodes))]
+        assert not document.regions and not document.changed
+
+
 def test_notes_and_savings() -> None:
     fused = fuser.fuse(DEMO)
     document = fused.diff().document
@@ -214,7 +222,7 @@ def test_all_names_changed(name: str) -> None:
 def shuffled(model: ModelProto, seed: int) -> tuple[ModelProto, list[int]]:
     """Another order of the nodes in which they can run, and the old place of each node."""
     draw, nodes = random.Random(seed), list(model.graph.node)
-    made = {name for name in (*(i.name for i in model.graph.input), *(t.name for t in model.graph.initializer), "")}
+    made = {"", *(entry.name for entry in (*model.graph.input, *model.graph.initializer))}
     order: list[int] = []
     while len(order) < len(nodes):
         ready = [n for n, node in enumerate(nodes) if n not in set(order) and made.issuperset(node.input)]
@@ -297,10 +305,33 @@ def test_one_layer_edited(change: Callable[[ModelProto], ModelProto]) -> None:
     right = sum(pairs.get(n) == places[first.nodes[n].name] for n in untouched)
     assert right >= ALIGNED * len(untouched)
     texts = {second.operators[c.after]: c.text for c in found.changed}
-    assert texts["Softmax"] == "axis: none -> -2"  # -1 is the default
+    assert texts["Softmax"] == "axis: -1 -> -2"
     assert "other elements" in texts["MatMul"]
     (region,) = found.regions
     assert {first.nodes[n].name for n in region.before} == touched and region.kind == "Gelu" and not region.recorded
+
+
+@pytest.mark.parametrize("name", ["then", "tensor"])
+def test_what_a_node_holds_is_compared(name: str) -> None:
+    def model(op: str, number: float) -> ModelProto:
+        given = models.tensor("x", ["n", 3])
+        body = onnx.helper.make_graph([onnx.helper.make_node(op, ["x"], ["o"])], "body", [], [models.tensor("o", None)])
+        filled = numpy_helper.from_array(np.array([number], np.float32))
+        nodes = [
+            onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body),
+            onnx.helper.make_node("Shape", ["y"], ["s"]),
+            onnx.helper.make_node("ConstantOfShape", ["s"], ["z"], value=filled),
+            onnx.helper.make_node("Add", ["y", "z"], ["sum"]),
+        ]
+        inputs = [given, models.tensor("c", [], onnx.TensorProto.BOOL)]
+        graph = onnx.helper.make_graph(nodes, "g", inputs, [models.tensor("sum", None)])
+        return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+
+    other = model("Neg", 1) if name == "then" else model("Relu", 2)
+    first, _, found = alignment(model("Relu", 1), other)
+    texts = {first.operators[change.before]: change.text for change in found.changed}
+    assert texts == ({"If": "other contents"} if name == "then" else {"ConstantOfShape": "value: (1) -> (2)"})
+    assert len(found.pairs) == 3
 
 
 # Folding.
@@ -309,7 +340,10 @@ def test_one_layer_edited(change: Callable[[ModelProto], ModelProto]) -> None:
 def test_layers_are_folded() -> None:
     document = fuser.fuse(zoo.exported("llama", "torchscript", layers=32), verify=False).diff().document
     for side in (document.before, document.after):
-        assert [fold.layers for fold in side.folds] == [(0,), tuple(range(1, 32))]  # the first norm has no sum before it
+        assert [fold.layers for fold in side.folds] == [
+            (0,),
+            tuple(range(1, 32)),
+        ]  # the first norm has no sum before it
         assert side.folds[1].label.endswith("layers.1-31")
         for fold in side.folds:
             columns = [[side.nodes[n] for n in side.members[layer]] for layer in fold.layers]

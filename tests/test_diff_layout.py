@@ -6,7 +6,17 @@ from itertools import combinations
 
 import pytest
 
-from fuser.diff.layout import GAP_X, GAP_Y, LONGEST, Drawing, Ordering, best_ordering, by_barycentres, by_sugiyama, drawing
+from fuser.diff.layout import (
+    GAP_X,
+    GAP_Y,
+    LONGEST,
+    Drawing,
+    Ordering,
+    best_ordering,
+    by_barycentres,
+    by_sugiyama,
+    drawing,
+)
 
 ORDERINGS = {"fast-sugiyama": by_sugiyama, "barycentres": by_barycentres}
 Graph = tuple[list[tuple[float, float]], list[tuple[int, int]]]
@@ -23,7 +33,9 @@ def acyclic(seed: int, count: int, links: int) -> Graph:
     """A random graph whose edges lead to later boxes, mostly near ones, as layers of a model do."""
     draw = random.Random(seed)
     sizes = [(float(draw.randint(40, 200)), draw.choice([20.0, 20.0, 20.0, 300.0])) for _ in range(count)]
-    edges = {(a, min(count - 1, a + draw.randint(1, draw.choice([3, 3, 12])))) for a in draw.choices(range(count), k=links)}
+    edges = {
+        (a, min(count - 1, a + draw.randint(1, draw.choice([3, 3, 12])))) for a in draw.choices(range(count), k=links)
+    }
     return sizes, sorted((a, b) for a, b in edges if a != b)
 
 
@@ -67,7 +79,9 @@ def test_what_comes_in_is_at_the_top_and_what_leaves_at_the_bottom(ordering: Ord
     assert made.centres[5][1] == made.centres[3][1]
 
 
-@pytest.mark.parametrize("edges", [[(0, 1), (1, 2), (2, 0)], [(0, 1), (1, 0), (1, 2)], [(n, (n + 1) % 3) for n in range(3)]])
+@pytest.mark.parametrize(
+    "edges", [[(0, 1), (1, 2), (2, 0)], [(0, 1), (1, 0), (1, 2)], [(n, (n + 1) % 3) for n in range(3)]]
+)
 def test_circles_are_drawn(edges: list[tuple[int, int]], ordering: Ordering) -> None:
     made = drawing([(50.0, 20.0)] * 3, edges, ordering=ordering)
     assert len(made.bends) == len(edges) and overlaps([(50.0, 20.0)] * 3, made) == []
@@ -101,7 +115,9 @@ def test_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fewer_crossings_than_in_the_order_of_the_graph(ordering: Ordering) -> None:
     """Two ranks linked crosswise: an order without crossings is found."""
     count = 8
-    edges = [(n, count + (count - 1 - n)) for n in range(count)] + [(n, count + count - 2 - n) for n in range(count - 1)]
+    edges = [(n, count + (count - 1 - n)) for n in range(count)] + [
+        (n, count + count - 2 - n) for n in range(count - 1)
+    ]
     made = drawing([(40.0, 20.0)] * 2 * count, edges, ordering=ordering)
     spans = [(made.centres[a][0], made.centres[b][0]) for a, b in edges]
     crossings = sum((a - c) * (b - d) < 0 for (a, b), (c, d) in combinations(spans, 2))

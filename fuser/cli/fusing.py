@@ -220,9 +220,8 @@ def _run(
     fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress, **vars(quantization))
     progress.stop()
     record = fused.report
-    for file in (report_file, diff_file):
-        if file is not None:
-            api.check_output(file, fused.sources)
+    for file in named.values():
+        api.check_output(file, fused.sources)
     unmet = _unmet(record, expected, strict)
     if output is not None and not unmet:
         progress("write")

@@ -16,6 +16,7 @@ from fuser.graph import FUSER, MICROSOFT, Node
 from fuser.pattern import COMMUTATIVE
 
 SOURCES = "fuser.sources"  # metadata of the files that fuser writes
+COMMAS = 8  # in the name of a node that the metadata's list can hold
 REWRITTEN = "rewritten"
 REPLACED = "replaced"
 RADII = (3, 2, 1)  # links around a node that tell it from others
@@ -123,7 +124,12 @@ def _from_metadata(before: Structure, after: Structure) -> Alignment:
     for number, node in enumerate(after.nodes):
         said = next((text for key, text in node.metadata if key == SOURCES), "")
         stands_for = _known(said.split(", "), names) if said else None
-        if stands_for and (len(stands_for) > 1 or node.domain in (FUSER, MICROSOFT)):
+        is_made = (
+            node.domain in (FUSER, MICROSOFT)
+            and stands_for
+            and before.operators[stands_for[0]] != after.operators[number]
+        )
+        if stands_for and (len(stands_for) > 1 or is_made):
             groups[stands_for].append(number)
     within = defaultdict[int, list[tuple[int, ...]]](list)
     for stands_for in groups:
@@ -144,12 +150,15 @@ def _from_metadata(before: Structure, after: Structure) -> Alignment:
 def _known(words: Sequence[str], names: Mapping[str, int]) -> tuple[int, ...] | None:
     """The nodes that a list names, some names with the list's own comma in them; None where one is no node."""
     found: set[int] = set()
-    name = ""
+    name: list[str] = []
     for word in words:
-        name = f"{name}, {word}" if name else word
-        if name in names:
-            found.add(names[name])
-            name = ""
+        name.append(word)
+        joined = ", ".join(name)
+        if joined in names:
+            found.add(names[joined])
+            name = []
+        elif len(name) > COMMAS:
+            return None
     return None if name else tuple(sorted(found))
 
 
@@ -351,7 +360,7 @@ def _difference(
     a, b = before.nodes[source], after.nodes[number]
     if before.operators[source] != after.operators[number]:
         return f"{before.operators[source]} -> {after.operators[number]}"
-    old, new = before.attributes[source], after.attributes[number]
+    old, new = before.meant[source], after.meant[number]
     found = [
         f"{name}: {old.get(name, 'none')} -> {new.get(name, 'none')}"
         for name in sorted({*old, *new})
@@ -361,6 +370,8 @@ def _difference(
         found.append(f"{len(a.inputs)} -> {len(b.inputs)} inputs")
     elif pairs is not None:
         found += _inputs_difference(before, after, a, b, pairs)
+        if not found and before.own[source] != after.own[number]:
+            found.append("other contents")  # of a body of control flow, of a tensor among the attributes
     return "; ".join(found)
 
 

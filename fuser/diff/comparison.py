@@ -4,14 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fuser.diff import alignment as aligning
 from fuser.diff.alignment import Alignment, Record, Stands
 from fuser.diff.document import Document, Miss, Pattern, Region, shown
-from fuser.diff.folding import Folding, folding, layers_of
+from fuser.diff.folding import folding, layers_of
 from fuser.diff.sides import Modules, side
 from fuser.diff.structure import Structure, Table
 from fuser.diff.summary import Sizes, saving, summary
@@ -54,7 +53,6 @@ class Diff:
 
         return svg(self.document)
 
-    @cached_property
     def html(self) -> str:
         """One page that needs nothing else: it explores both graphs."""
         from fuser.diff.html import html
@@ -64,7 +62,7 @@ class Diff:
     def form(self, name: str) -> str:
         """The diff as `html`, `svg`, `text` or `json`."""
         forms: dict[str, Callable[[], str]] = {
-            "html": lambda: self.html,
+            "html": self.html,
             "svg": self.svg,
             "text": lambda: self.text() + "\n",
             "json": lambda: json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n",
@@ -87,7 +85,7 @@ class Diff:
         """For notebooks: the page in a frame that may run its script, and nothing else."""
         import html
 
-        page = html.escape(self.html)
+        page = html.escape(self.html())
         return (
             f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 640px; border: 0"></iframe>'
         )
@@ -118,8 +116,7 @@ def of_files(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> D
     table = Table()
     first, second = (Structure(_read(Path(path)), table) for path in (before, after))
     _infer(first.graph, second.graph)
-    alignment = aligning.compared(first, second)
-    return _diff(_Sides(Path(before).name, Path(after).name, first, second), alignment, None)
+    return _diff((Path(before).name, Path(after).name), first, second, aligning.compared(first, second))
 
 
 def of_fused(read: Graph, fused: Graph, report: Report) -> Diff:
@@ -140,7 +137,7 @@ def of_fused(read: Graph, fused: Graph, report: Report) -> Diff:
 
     sources = {name: number for number, node in enumerate(first.nodes) for name in node.origin.sources or (node.name,)}
     alignment = aligning.recorded(first, second, sources, record)
-    return _diff(_Sides(Path(report.model).name, report.target, first, second), alignment, report)
+    return _diff((Path(report.model).name, report.target), first, second, alignment, report)
 
 
 def _read(path: Path) -> Graph:
@@ -161,27 +158,18 @@ def _infer(*graphs: Graph) -> None:
             continue
 
 
-@dataclass
-class _Sides:
-    """Two graphs and what they are called."""
-
-    names_before: str
-    names_after: str
-    before: Structure
-    after: Structure
-
-
-def _diff(sides: _Sides, alignment: Alignment, report: Report | None) -> Diff:
-    before, after = sides.before, sides.after
+def _diff(
+    names: tuple[str, str], before: Structure, after: Structure, alignment: Alignment, report: Report | None = None
+) -> Diff:
     taken = steps(before.graph), steps(after.graph)
     layers = layers_of(taken[0]) if report is None or report.explanation is None else report.explanation.layers
     folded = folding(before, after, taken, layers, alignment)
     sizes = Sizes(before.graph), Sizes(after.graph)
     modules, patterns = Modules(), _Patterns()
     made = Document(
-        shown(f"{sides.names_before} -> {sides.names_after}"),
-        side(sides.names_before, before, folded, 0, modules),
-        side(sides.names_after, after, folded, 1, modules),
+        " -> ".join(map(shown, names)),
+        side(names[0], before, folded, 0, modules),
+        side(names[1], after, folded, 1, modules),
         summary(before, after, sizes, folded, layers, report),
         modules.names,
         patterns.rows,
@@ -246,6 +234,3 @@ def _misses(report: Report, layers: Layers, patterns: _Patterns) -> list[Miss]:
                 Miss(patterns.missed(miss.fusion), at[0], shown(miss.expected), shown(miss.found), miss.line, also)
             )
     return made
-
-
-__all__ = ["ENDINGS", "FORMATS", "Diff", "Folding", "form_of", "of_files", "of_fused"]

@@ -29,11 +29,9 @@ def operator(node: Node) -> str:
     return f"{node.domain}.{node.op}" if node.domain else node.op
 
 
-def attributes(node: Node, opset: int) -> dict[str, str]:
-    """A node's attributes as text, in the order of their names; those that say what is so by default left out."""
-    defaults = _defaults(node.op, node.domain, opset)
+def attributes(node: Node) -> dict[str, str]:
+    """A node's attributes as text, in the order of their names."""
     found = {name: _text(value) for name, value in node.attributes.items()}
-    found = {name: text for name, text in found.items() if defaults.get(name) != text}
     found |= {attribute.name: f"<{_body_size(attribute)} nodes>" for attribute in node.carried}
     return dict(sorted(found.items()))
 
@@ -115,7 +113,11 @@ class Structure:
         self.nodes: Sequence[Node] = list(self.graph.nodes)
         self.number = {node: i for i, node in enumerate(self.nodes)}
         self.operators = [operator(node) for node in self.nodes]
-        self.attributes = [attributes(node, self.graph.opset) for node in self.nodes]
+        self.attributes = [attributes(node) for node in self.nodes]
+        self.meant = [  # with what is not said
+            {**_defaults(node.op, node.domain, self.graph.opset), **said}
+            for node, said in zip(self.nodes, self.attributes, strict=True)
+        ]
 
     def maker(self, value: Value | None) -> int | None:
         """The node that makes a value."""
@@ -142,7 +144,7 @@ class Structure:
                 constants.sort(key=str)
             bodies = tuple(attribute.SerializeToString(deterministic=True) for attribute in node.carried)
             held = tuple(self.table.digest(x) for _, x in sorted(node.attributes.items()) if isinstance(x, Constant))
-            said = tuple(self.attributes[number].items())
+            said = tuple(sorted(self.meant[number].items()))
             found.append(self.table.number((self.operators[number], said, held, bodies, tuple(constants))))
         return found
 

@@ -129,8 +129,10 @@ def _counted(label: str, before: int, after: int) -> Row:
 
 
 def _change(before: int, after: int) -> str:
-    percent = round(100 * (after - before) / before) if before else 0
-    return f"{percent:+d}%" if percent else "the same" if before == after else ""
+    if before == after or not before:
+        return "the same" if before == after else ""
+    percent = 100 * (after - before) / before
+    return f"{percent:+.0f}%" if abs(percent) >= 0.5 else f"{percent:+.1g}%"
 
 
 def _weights(graph: Graph) -> int:

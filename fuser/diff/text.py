@@ -78,7 +78,7 @@ class _Hunks:
         if not entries:
             return
         if all(entry.same is not None for entry in entries):
-            yield f"@@ {heading}: {len(entries)} operators, the same @@"
+            yield f"@@ {heading}: {len(entries)} operator{'s' if len(entries) > 1 else ''}, the same @@"
             return
         yield f"@@ {heading} @@"
         shown: tuple[str, ...] = ()
