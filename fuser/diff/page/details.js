@@ -12,12 +12,12 @@ class Details {
 
   show(selected) {
     if (!selected) return this.showHint();
-    const { side: key, node } = selected,
-      side = this.diff[key],
-      module = this.diff.module(key, node);
+    const { side: key, node } = selected;
+    const side = this.diff[key];
+    const module = this.diff.module(key, node);
     const [name, op, , layer, attributes, inputs, outputs] = side.nodes[node];
-    const label = side.layers[layer]?.label ?? "",
-      state = `${this.page.state(key, node)}, ${key}`;
+    const label = side.layers[layer]?.label ?? "";
+    const state = `${this.page.state(key, node)}, ${key}`;
     this.element.replaceChildren(
       make("h2", op),
       make("p.tag", this.page.swatch(key, node), state),
@@ -36,8 +36,7 @@ class Details {
   }
 
   showHint() {
-    const hint =
-      "Select an operator, in a graph or in the outline. What it became, or what it stands for, is marked in the other graph.";
+    const hint = "Select an operator, in a graph or in the outline: what goes with it is marked in the other graph.";
     this.element.replaceChildren(make("h2", "Details"), make("p.quiet", hint));
   }
 
@@ -50,30 +49,24 @@ class Details {
   }
 
   region(index, { side, node }) {
-    const { pattern, note, saved, before, after } = this.diff.regions[index],
-      { name, about, line } = this.diff.patterns[pattern];
-    const links = (key, nodes) =>
-      this.links(
-        key,
-        nodes.filter((one) => key !== side || one !== node),
-      );
+    const { pattern, note, saved, before, after } = this.diff.regions[index];
+    const { name, about, line } = this.diff.patterns[pattern];
+    const others = (key, nodes) => nodes.filter((one) => key !== side || one !== node);
+    const sources = side === "after" ? `Stands for ${count(before.length, "operator")}` : "Together with";
     return [
       ...this.part("Fusion", make("p.tag", this.page.patternSwatch(pattern), make("strong", name))),
       make("p.quiet", about ?? ""),
       ...this.text("Pattern", line, code),
       ...this.text("Check", note),
       ...this.text("Saved", saved),
-      ...this.part(side === "before" ? "Became" : "Together with", ...links("after", after)),
-      ...this.part(
-        side === "after" ? `Stands for ${count(before.length, "operator")}` : "Together with",
-        ...links("before", before),
-      ),
+      ...this.part(side === "before" ? "Became" : "Together with", ...this.links("after", others("after", after))),
+      ...this.part(sources, ...this.links("before", others("before", before))),
     ];
   }
 
   counterpart(key, node) {
-    const partner = this.diff[key].partner[node],
-      other = opposite(key);
+    const partner = this.diff[key].partner[node];
+    const other = opposite(key);
     return partner < 0 ? [] : this.part(other === "after" ? "After" : "Before", ...this.links(other, [partner]));
   }
 
@@ -85,15 +78,13 @@ class Details {
 
   values(title, side, values, ends) {
     const present = values.filter((value) => value >= 0);
-    return this.part(
-      title,
-      ...this.list(present, (value) => {
-        const [name, type, kind] = side.values[value],
-          given = side.outputs.includes(value) ? " · graph output" : "";
-        const about = make("div.quiet", plain(`${clip(type, LONGEST / 2)}${KINDS[kind] ?? ""}${given}`));
-        return [code(name), about, ...this.links(side.key, ends(value))];
-      }),
-    );
+    const show = (value) => {
+      const [name, type, kind] = side.values[value];
+      const given = side.outputs.includes(value) ? " · graph output" : "";
+      const about = `${clip(type, LONGEST / 2)}${KINDS[kind] ?? ""}${given}`;
+      return [code(name), make("div.quiet", plain(about)), ...this.links(side.key, ends(value))];
+    };
+    return this.part(title, ...this.list(present, show));
   }
 
   links(key, nodes) {
@@ -108,9 +99,9 @@ class Details {
   }
 
   link(key, node) {
-    const { page } = this,
-      side = this.diff[key],
-      entry = { side: key, node };
+    const { page } = this;
+    const side = this.diff[key];
+    const entry = { side: key, node };
     const text = [make("strong", side.label(node)), make("span.name", clip(side.nodes[node][NAME], 80))];
     const made = button("button", () => page.select(entry, { everywhere: true }), ...text);
     made.addEventListener("pointerenter", () => page.hover(entry));

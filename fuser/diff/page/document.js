@@ -1,16 +1,7 @@
 // The document that fuser/diff/document.py defines, with what the page asks of it. Nodes are numbers of their side.
 
-const NAME = 0,
-  OP = 1,
-  MODULE = 2,
-  LAYER = 3,
-  ATTRIBUTES = 4,
-  INPUTS = 5,
-  OUTPUTS = 6;
-const SAME = 0,
-  CHANGED = 1,
-  FUSED = 2,
-  ALONE = 3; // ALONE: removed where it is before, added where it is after
+const [NAME, OP, MODULE, LAYER, , INPUTS, OUTPUTS] = [0, 1, 2, 3, 4, 5, 6]; // of a node
+const [SAME, CHANGED, FUSED, ALONE] = [0, 1, 2, 3]; // ALONE: removed where it is before, added where it is after
 const CHIP = 3; // the kind of values that are labels at their readers
 const SIDES = ["before", "after"];
 
@@ -84,8 +75,8 @@ class Diff {
 
   /** The nodes of a side that go with a node: those of its regions, or its like. */
   related(key, node, wanted) {
-    const side = this[key],
-      regions = side.regions.get(node);
+    const side = this[key];
+    const regions = side.regions.get(node);
     if (regions) return [...new Set(regions.flatMap((region) => this.regions[region][wanted]))];
     if (wanted === key) return [node];
     return side.partner[node] >= 0 ? [side.partner[node]] : [];
@@ -108,8 +99,8 @@ class Diff {
   /** Nodes whose operator, name or module holds a text; one entry for a node that is on both sides. */
   search(text) {
     this.texts ??= { before: this.textsOf("before"), after: this.textsOf("after") };
-    const wanted = text.trim().toLowerCase(),
-      found = [];
+    const wanted = text.trim().toLowerCase();
+    const found = [];
     if (!wanted) return found;
     for (const key of SIDES) {
       this.texts[key].forEach((own, node) => {

@@ -22,8 +22,8 @@ class Linking {
   /** Moves `to` so that it has at the same place what `from` has of what is marked, or in the middle. */
   replace(from, to, lit) {
     const place = ({ scene }, node) => [scene.x[scene.box[node]], scene.y[scene.box[node]]];
-    const both = lit[from.key].length && lit[to.key].length,
-      middle = from.middle;
+    const both = lit[from.key].length && lit[to.key].length;
+    const middle = from.middle;
     const [x, y] = both ? place(from, lit[from.key][0]) : middle;
     const at = both ? place(to, lit[to.key][0]) : [to.scene.width / 2, this.across(from, middle[1])];
     to.setView(at[0] - (x - from.view.x), at[1] - (y - from.view.y), from.view.scale);
@@ -32,8 +32,8 @@ class Linking {
   /** The height in the other graph that goes with one in this: between places that are known to be the same. */
   across(pane, y) {
     this.anchors ??= this.findAnchors();
-    const [from, to] = pane.key === "before" ? [0, 1] : [1, 0],
-      points = this.anchors;
+    const [from, to] = pane.key === "before" ? [0, 1] : [1, 0];
+    const points = this.anchors;
     const next = Math.max(
       1,
       points.findIndex((point) => point[from] >= y),
@@ -44,9 +44,9 @@ class Linking {
 
   /** Heights before and after of what is in layers; what is in none may be drawn anywhere. */
   findAnchors() {
-    const before = this.panes.before.scene,
-      after = this.panes.after.scene,
-      points = [];
+    const before = this.panes.before.scene;
+    const after = this.panes.after.scene;
+    const points = [];
     for (const [box, node] of after.node.entries()) {
       const sources = this.diff.related("after", node, "before").filter((one) => before.side.position[one] >= 0);
       const inLayer = after.frames[after.frame[box]].fold >= 0;

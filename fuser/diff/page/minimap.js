@@ -16,15 +16,15 @@ class Minimap {
 
   /** The scene, drawn once; the view's frame comes over it. */
   drawScene() {
-    const { pane, canvas } = this,
-      { scene, painter } = pane;
+    const { pane, canvas } = this;
+    const { scene, painter } = pane;
     canvas.width = MINIMAP_WIDTH * pane.ratio;
     canvas.height = Math.max(1, pane.height) * pane.ratio;
     canvas.style.width = `${MINIMAP_WIDTH}px`;
     canvas.style.height = `${pane.height}px`;
     this.still = new OffscreenCanvas(canvas.width, canvas.height);
-    const c = this.still.getContext("2d"),
-      [sx, sy] = this.scales;
+    const c = this.still.getContext("2d");
+    const [sx, sy] = this.scales;
     painter.refresh();
     c.fillStyle = painter.colours.ground;
     c.fillRect(0, 0, canvas.width, canvas.height);
@@ -40,10 +40,10 @@ class Minimap {
   }
 
   drawView() {
-    const { pane, canvas } = this,
-      { view } = pane,
-      c = canvas.getContext("2d"),
-      [sx, sy] = this.scales;
+    const { pane, canvas } = this;
+    const { view } = pane;
+    const c = canvas.getContext("2d");
+    const [sx, sy] = this.scales;
     const width = Math.min(canvas.width - 3, (pane.width / view.scale) * sx);
     const height = Math.min(canvas.height - 3, Math.max(4, (pane.height / view.scale) * sy));
     const inside = (at, size, all) => Math.max(1.5, Math.min(all - size - 1.5, at));

@@ -32,8 +32,8 @@ function outlineOf(diff) {
     placed.add(after);
   };
   diff.before.nodes.forEach((_, node) => {
-    const branch = add("before", node),
-      became = diff.related("before", node, "after");
+    const branch = add("before", node);
+    const became = diff.related("before", node, "after");
     if (!diff.before.regions.has(node)) branch.leaves.push(["before", node]);
     for (const after of became) if (!placed.has(after)) place(after);
   });
@@ -43,8 +43,8 @@ function outlineOf(diff) {
 
 /** Where a node is in the outline: that of the result is where most of its sources are. */
 function home(diff, key, node) {
-  const sources = key === "after" ? diff.related(key, node, "before") : [],
-    numbers = new Map();
+  const sources = key === "after" ? diff.related(key, node, "before") : [];
+  const numbers = new Map();
   if (!sources.length) return [key, node];
   for (const source of sources) addTo(numbers, diff.before.nodes[source][MODULE], source);
   return ["before", [...numbers.values()].reduce((most, one) => (one.length > most.length ? one : most))[0]];
@@ -52,13 +52,14 @@ function home(diff, key, node) {
 
 /** The names from the top to a node: the stack of its layer, the run, the layer, the modules within. */
 function pathOf(diff, key, node) {
-  const side = diff[key],
-    layer = side.layers[side.nodes[node][LAYER]],
-    module = diff.module(key, node);
+  const side = diff[key];
+  const module = diff.module(key, node);
+  const isIn = ({ label }) => `${module}.`.startsWith(`${label}.`); // what layers share stands in the first's module
+  const layer = side.layers[side.nodes[node][LAYER]] ?? side.layers.find(isIn);
   if (!layer) return module ? module.split(".") : [];
-  const { label, layers } = side.folds[layer.fold],
-    stack = layer.label.split(".").slice(0, -1);
-  const run = layers.length > 1 ? [`${label.split(".").at(-1)} × ${layers.length}`] : [];
+  const { label, layers } = side.folds[layer.fold];
+  const stack = layer.label.split(".").slice(0, -1);
+  const run = layers.length > 1 ? [`${label} × ${layers.length}`] : [];
   const inside = module.startsWith(`${layer.label}.`) ? module.slice(layer.label.length + 1).split(".") : [];
   return [...stack, ...run, layer.label, ...inside];
 }
@@ -86,6 +87,7 @@ class Outline {
     while (branch.branches.size === 1 && !branch.leaves.length) {
       // a path without forks is one item
       [branch] = branch.branches.values();
+      if (branch.label.startsWith(`${names.at(-1)}.`)) names.pop(); // layers.0-31 says layers
       names.push(branch.label);
     }
     const { before, after } = branch.counts;
@@ -96,12 +98,12 @@ class Outline {
   }
 
   operator(key, node, level) {
-    const { diff } = this.page,
-      sources = key === "after" ? diff.related(key, node, "before") : [];
+    const { diff } = this.page;
+    const sources = key === "after" ? diff.related(key, node, "before") : [];
     const fused = diff[key].status[node] === FUSED && sources.length;
     const fill = (list) => list.append(...sources.map((source) => this.operator("before", source, level + 1)));
-    const from = fused ? `from ${sources.length}` : "",
-      swatch = this.page.swatch(key, node);
+    const from = fused ? `from ${sources.length}` : "";
+    const swatch = this.page.swatch(key, node);
     const item = this.item(level, diff[key].label(node), from, fused && fill, swatch);
     item.entry = { side: key, node };
     item.setAttribute("aria-label", `${diff[key].label(node)}, ${this.page.state(key, node)}`);
@@ -147,8 +149,8 @@ class Outline {
 
   /** The entry that stands for a node: what it was fused into, or its source where it was not. */
   place({ side: key, node }) {
-    const fused = this.page.diff[key].status[node] === FUSED,
-      wanted = fused ? "after" : "before";
+    const fused = this.page.diff[key].status[node] === FUSED;
+    const wanted = fused ? "after" : "before";
     const [found] = key === wanted ? [node] : this.page.diff.related(key, node, wanted);
     return found === undefined ? [key, node] : [wanted, found];
   }
@@ -157,8 +159,8 @@ class Outline {
   show(selected) {
     this.tree.querySelector('[aria-selected="true"]')?.removeAttribute("aria-selected");
     if (!selected) return;
-    const { diff } = this.page,
-      [key, node] = this.place(selected);
+    const { diff } = this.page;
+    const [key, node] = this.place(selected);
     const labels = pathOf(diff, ...home(diff, key, node));
     let list = this.tree;
     for (let branch = this.root, depth = 0; depth < labels.length; depth++) {
@@ -174,10 +176,10 @@ class Outline {
   }
 
   key(event) {
-    const item = event.target.closest("[role=treeitem]"),
-      visible = [...this.tree.querySelectorAll("[role=treeitem]")];
-    const at = visible.indexOf(item),
-      opened = item.ariaExpanded === "true";
+    const item = event.target.closest("[role=treeitem]");
+    const visible = [...this.tree.querySelectorAll("[role=treeitem]")];
+    const at = visible.indexOf(item);
+    const opened = item.ariaExpanded === "true";
     const moves = {
       ArrowDown: () => visible[at + 1],
       ArrowUp: () => visible[at - 1],

@@ -1,8 +1,8 @@
 // Draws a scene on a canvas. Only what is in view is drawn: from afar boxes without text, from near all of it.
 
-const TEXT_FROM = 0.42,
-  CHIPS_FROM = 0.6,
-  SHAPES_FROM = 0.1; // scales at which text, small text and outlines begin
+const TEXT_FROM = 0.42;
+const CHIPS_FROM = 0.6;
+const SHAPES_FROM = 0.1; // scales at which text, small text and outlines begin
 const FONT = "system-ui, sans-serif";
 
 /** The colours of the style sheet, which a canvas cannot take from there by itself. */
@@ -37,9 +37,9 @@ class Painter {
   }
 
   draw() {
-    const { context: c, pane, scene } = this,
-      { ratio, view } = pane,
-      { x, y, scale } = view;
+    const { context: c, pane, scene } = this;
+    const { ratio, view } = pane;
+    const { x, y, scale } = view;
     this.scale = scale;
     this.seen = { left: x, top: y, right: x + pane.width / scale, bottom: y + pane.height / scale };
     this.refresh();
@@ -47,14 +47,38 @@ class Painter {
     c.fillStyle = this.colours.paper;
     c.fillRect(0, 0, pane.canvas.width, pane.canvas.height);
     c.setTransform(ratio * scale, 0, 0, ratio * scale, -x * ratio * scale, -y * ratio * scale);
-    const frames = scene.frames.filter((frame) => this.isSeen(frame)),
-      near = scale >= TEXT_FROM;
+    const frames = scene.frames.filter((frame) => this.isSeen(frame));
+    const near = scale >= TEXT_FROM;
     for (const frame of frames) if (frame.fold >= 0) this.drawFold(c, frame);
     for (const frame of frames) this.inFrame(c, frame, () => this.drawFrame(c, frame));
-    this.drawBoxes(c);
+    const visible = this.drawBoxes(c);
     if (near && pane.key === "before")
       for (const frame of frames) this.inFrame(c, frame, () => this.nameHulls(c, frame));
     this.drawHighlights(c);
+    if (scale >= CHIPS_FROM) this.drawChips(c, visible);
+    for (const box of visible) if (this.side.misses.has(scene.node[box])) this.drawMiss(c, box);
+    if (near) this.drawPlace(c, frames);
+  }
+
+  /** Where the header of a layer is out of view, what layer it is. */
+  drawPlace(c, frames) {
+    const { left, top } = this.seen;
+    const above = frames.find(({ fold, y, scope }) => fold >= 0 && y < top && y + scope.height > top + 60);
+    if (!above) return;
+    const { scope, x } = above;
+    const unit = 1 / this.scale;
+    const from = Math.max(left, x - FOLD_PADDING) + 8 * unit;
+    if (from > x + scope.width) return;
+    c.font = `600 ${11 * unit}px ${FONT}`;
+    const text = clip(this.side.layers[above.layer].label, 40);
+    const width = c.measureText(text).width + 16 * unit;
+    c.fillStyle = this.colours.paper;
+    c.strokeStyle = this.colours.line;
+    c.lineWidth = unit;
+    this.fillRound(c, from, top + 8 * unit, width, 20 * unit, 6 * unit);
+    c.stroke();
+    c.fillStyle = this.colours.ink;
+    c.fillText(text, from + 8 * unit, top + 22 * unit);
   }
 
   isSeen({ fold, y, scope }) {
@@ -77,9 +101,9 @@ class Painter {
 
   /** The ground of a layer, with what it is in its header. */
   drawFold(c, { fold, layer, scope, x, y }) {
-    const { side, scene, colours } = this,
-      { label, layers } = side.folds[fold],
-      open = scene.open[fold];
+    const { side, scene, colours } = this;
+    const { label, layers } = side.folds[fold];
+    const open = scene.open[fold];
     const height = scope.height + FOLD_HEADER + FOLD_PADDING;
     c.fillStyle = colours.frame;
     this.fillRound(c, x - FOLD_PADDING, y - FOLD_HEADER, scope.width + 2 * FOLD_PADDING, height, 10);
@@ -106,8 +130,8 @@ class Painter {
   /** Fills over strokes of the same shape: what boxes and edges make together has one outline. */
   drawHull(c, { region, pattern, boxes, links, size }) {
     if (this.pane.key === "after" && size < 2) return; // the box itself is coloured
-    const { page, colours } = this,
-      faint = page.chosen >= 0 && page.chosen !== pattern;
+    const { page, colours } = this;
+    const faint = page.chosen >= 0 && page.chosen !== pattern;
     const grow = page.lit.regions.has(region) ? 2.5 : 1;
     c.lineJoin = c.lineCap = "round";
     const pass = (colour, wide) => {
@@ -129,8 +153,8 @@ class Painter {
     c.lineJoin = "round";
     c.strokeStyle = frame.fold < 0 ? this.colours.paper : this.colours.frame;
     for (const { pattern, x, y } of this.scene.hulls(frame)) {
-      const name = clip(this.page.diff.patterns[pattern].name, 40),
-        end = x + c.measureText(name).width + 4;
+      const name = clip(this.page.diff.patterns[pattern].name, 40);
+      const end = x + c.measureText(name).width + 4;
       if (taken.some((other) => other.y === y && x < other.end && end > other.x)) continue;
       taken.push({ x, y, end });
       c.fillStyle = this.colours.of(pattern, "deep");
@@ -141,16 +165,16 @@ class Painter {
 
   /** What a box looks like, and its one colour from afar: the same for all of one status and pattern. */
   lookOf(node) {
-    const pattern = this.page.diff.pattern(this.pane.key, node),
-      number = this.side.status[node] + 4 * (pattern + 1);
+    const pattern = this.page.diff.pattern(this.pane.key, node);
+    const number = this.side.status[node] + 4 * (pattern + 1);
     if (!this.looks.has(number)) this.looks.set(number, this.look(this.side.status[node], pattern));
     return this.looks.get(number);
   }
 
   look(status, pattern) {
-    const { colours: k, page, pane } = this,
-      after = pane.key === "after",
-      alone = after ? "added" : "removed";
+    const { colours: k, page, pane } = this;
+    const after = pane.key === "after";
+    const alone = after ? "added" : "removed";
     if (page.chosen >= 0 && page.chosen !== pattern) return { fill: k.paper, line: k.line, afar: k.line };
     if (status === CHANGED) return { fill: k.paper, line: k.changed, afar: k.changed };
     if (status === SAME) return { fill: k.same, line: k.line, afar: k.edge };
@@ -159,11 +183,12 @@ class Painter {
     return { fill: after ? pale : k.paper, line: deep, afar: mid };
   }
 
+  /** Draws them and gives those that are near enough to have more on them. */
   drawBoxes(c) {
-    const { scene, seen, scale } = this,
-      near = scale >= SHAPES_FROM,
-      least = 1.2 / scale,
-      visible = [];
+    const { scene, seen, scale } = this;
+    const near = scale >= SHAPES_FROM;
+    const least = 1.2 / scale;
+    const visible = [];
     for (let box = 0; box < scene.size; box++) {
       const { left, top, width } = scene.bounds(box);
       if (!(top > seen.top - 40 && top < seen.bottom + 20) || left > seen.right || left + width < seen.left) continue;
@@ -174,8 +199,7 @@ class Painter {
       if (near) visible.push(box);
     }
     if (scale >= TEXT_FROM) this.drawTexts(c, visible);
-    if (scale >= CHIPS_FROM) this.drawChips(c, visible);
-    for (const box of visible) if (this.side.misses.has(scene.node[box])) this.drawMiss(c, box);
+    return visible;
   }
 
   drawBox(c, left, top, width, { line, dashed }) {
@@ -213,11 +237,11 @@ class Painter {
 
   /** The values that a node reads from afar, as a label at its upper left corner. */
   drawChip(c, { left, top, width }, values) {
-    const { side, colours } = this,
-      room = width + 6;
+    const { side, colours } = this;
+    const room = width + 6;
     const names = [...new Set(values)].map((value) => clip(side.values[value][0], 24)).join(" · ");
-    const text = clip(names, Math.floor(room / 5)),
-      wide = Math.min(room, c.measureText(text).width + 10);
+    const text = clip(names, Math.floor(room / 5));
+    const wide = Math.min(room, c.measureText(text).width + 10);
     c.fillStyle = colours.paper;
     c.strokeStyle = colours.edge;
     c.lineWidth = 1;
@@ -242,8 +266,8 @@ class Painter {
 
   /** Rings around what was searched, what is marked and what is selected, whose edges are marked too. */
   drawHighlights(c) {
-    const { page, pane, colours } = this,
-      pixel = 1 / Math.min(1, this.scale);
+    const { page, pane, colours } = this;
+    const pixel = 1 / Math.min(1, this.scale);
     for (const node of page.matches[pane.key]) this.ring(c, node, colours.found, 2 * pixel, 3);
     for (const node of page.lit[pane.key]) this.ring(c, node, colours.accent, 2 * pixel, 2);
     if (page.selected?.side !== pane.key) return;
@@ -252,11 +276,11 @@ class Painter {
   }
 
   drawOwnEdges(c, box) {
-    const { scene } = this,
-      frame = scene.frames[scene.frame[box]];
+    const { scene } = this;
+    const frame = scene.frames[scene.frame[box]];
     if (!frame) return;
-    const item = frame.fold < 0 ? scene.node[box] : box - frame.first,
-      path = new Path2D();
+    const item = frame.fold < 0 ? scene.node[box] : box - frame.first;
+    const path = new Path2D();
     for (const edge of frame.scope.edges) {
       if (edge[0] === item || edge[1] === item) curve(path, scene.points(frame, edge));
     }

@@ -1,8 +1,8 @@
 // One graph: where one looks at it from, and what the pointer does there.
 
-const LARGEST = 3,
-  DRAG_FROM = 4,
-  GLIDE_MS = 220;
+const LARGEST = 3;
+const DRAG_FROM = 4;
+const GLIDE_MS = 220;
 
 class Pane {
   constructor(page, key) {
@@ -99,8 +99,8 @@ class Pane {
   }
 
   zoom(factor, px = this.width / 2, py = this.height / 2) {
-    const { x, y, scale } = this.view,
-      next = this.allowed(scale * factor);
+    const { x, y, scale } = this.view;
+    const next = this.allowed(scale * factor);
     this.setView(x + px / scale - px / next, y + py / scale - py / next, next);
     this.page.follow(this);
   }
@@ -115,9 +115,9 @@ class Pane {
   reveal(nodes, wanted = Math.max(this.view.scale, 0.8)) {
     const boxes = this.near(nodes.map((node) => this.scene.box[node]).filter((box) => box >= 0));
     if (!boxes.length || !this.width) return;
-    const { x, y } = this.scene,
-      xs = boxes.map((box) => x[box]),
-      ys = boxes.map((box) => y[box]);
+    const { x, y } = this.scene;
+    const xs = boxes.map((box) => x[box]);
+    const ys = boxes.map((box) => y[box]);
     const [left, right] = [Math.min(...xs) - 110, Math.max(...xs) + 110];
     const [top, bottom] = [Math.min(...ys) - 40, Math.max(...ys) + 40];
     const scale = Math.max(TEXT_FROM, Math.min(wanted, this.width / (right - left), this.height / (bottom - top)));
@@ -126,9 +126,9 @@ class Pane {
 
   /** Of some boxes the most that are seen together at a scale at which they can be read. */
   near(boxes) {
-    const { x, y } = this.scene,
-      high = (this.height - 80) / TEXT_FROM,
-      wide = (this.width - 80) / TEXT_FROM;
+    const { x, y } = this.scene;
+    const high = (this.height - 80) / TEXT_FROM;
+    const wide = (this.width - 80) / TEXT_FROM;
     const below = (first) => (box) => {
       const down = y[box] - y[first];
       return down >= 0 && down <= high && Math.abs(x[box] - x[first]) <= wide;
@@ -137,14 +137,14 @@ class Pane {
   }
 
   glide(to) {
-    const from = this.view,
-      began = performance.now(),
-      token = (this.gliding = {});
+    const from = this.view;
+    const began = performance.now();
+    const token = (this.gliding = {});
     if (this.page.still) return this.setView(to.x, to.y, to.scale);
     const step = (now) => {
       if (this.gliding !== token) return;
-      const part = Math.min(1, Math.max(0, (now - began) / GLIDE_MS)),
-        ease = part * (2 - part);
+      const part = Math.min(1, Math.max(0, (now - began) / GLIDE_MS));
+      const ease = part * (2 - part);
       const mix = (name) => from[name] + (to[name] - from[name]) * ease;
       this.setView(mix("x"), mix("y"), mix("scale"));
       if (part < 1) requestAnimationFrame(step);
@@ -155,8 +155,8 @@ class Pane {
   // The pointer.
 
   listen() {
-    const { canvas } = this,
-      on = (kind, act) => canvas.addEventListener(kind, act, { passive: false });
+    const { canvas } = this;
+    const on = (kind, act) => canvas.addEventListener(kind, act, { passive: false });
     on("wheel", (event) => this.wheel(event));
     on("pointerdown", (event) => this.press(event));
     on("pointermove", (event) => this.move(event));
@@ -181,8 +181,8 @@ class Pane {
   }
 
   move(event) {
-    const { offsetX: x, offsetY: y } = event,
-      last = this.pointers.get(event.pointerId);
+    const { offsetX: x, offsetY: y } = event;
+    const last = this.pointers.get(event.pointerId);
     if (!last) return this.point(x, y);
     if (this.pointers.size === 2) this.pinch(event.pointerId, last, [x, y]);
     this.dragged += Math.abs(x - last[0]) + Math.abs(y - last[1]);
@@ -209,15 +209,15 @@ class Pane {
   }
 
   point(x, y) {
-    const at = this.toScene(x, y),
-      node = this.scene.nodeAt(...at);
+    const at = this.toScene(x, y);
+    const node = this.scene.nodeAt(...at);
     this.canvas.classList.toggle("over", node >= 0 || this.scene.headerAt(...at) >= 0);
     this.page.hover(node < 0 ? null : { side: this.key, node });
   }
 
   click(event) {
-    const at = this.toScene(event.offsetX, event.offsetY),
-      node = this.scene.nodeAt(...at);
+    const at = this.toScene(event.offsetX, event.offsetY);
+    const node = this.scene.nodeAt(...at);
     const fold = this.scene.headerAt(...at);
     if (node >= 0) this.page.select({ side: this.key, node });
     else if (fold >= 0) this.page.toggle(this.key, fold, event.shiftKey);

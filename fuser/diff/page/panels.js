@@ -4,8 +4,8 @@ const LONGEST = 600; // characters of one text
 
 /** An element of a kind (`tag.class.class`) with text, elements and, from objects, properties. */
 function make(kind, ...content) {
-  const [tag, ...classes] = kind.split("."),
-    element = document.createElement(tag);
+  const [tag, ...classes] = kind.split(".");
+  const element = document.createElement(tag);
   element.className = classes.join(" ");
   for (const part of content) {
     if (typeof part === "object" && !(part instanceof Node)) Object.assign(element, part);
@@ -44,9 +44,9 @@ const MARKS = [
 ];
 
 function showLegend(page) {
-  const { diff } = page,
-    legend = document.querySelector("#legend"),
-    numbers = new Map();
+  const { diff } = page;
+  const legend = document.querySelector("#legend");
+  const numbers = new Map();
   for (const region of diff.regions) addTo(numbers, region.pattern, region);
   diff.patterns.forEach(({ name, about }, pattern) => {
     if (!numbers.has(pattern)) return;
@@ -64,36 +64,24 @@ const FUSIONS = ["Fusion", "Times", "First at", "Replaces", "Check", "Saved by e
 const MISSES = ["Nearly", "Times", "First at", "Expected", "Found", "Pattern"];
 
 function showList(page) {
-  const { diff } = page,
-    alike = new Map(),
-    list = document.querySelector("#list");
+  const { diff } = page;
+  const alike = new Map();
+  const list = document.querySelector("#list");
   for (const region of diff.regions) addTo(alike, `${region.pattern} ${tally(diff.before, region.before)}`, region);
   const groups = [...alike.values()].sort((a, b) => a[0].pattern - b[0].pattern || b.length - a.length);
-  list.append(
-    table(
-      "Fusions",
-      FUSIONS,
-      groups.map((regions) => fusionRow(page, regions)),
-    ),
-  );
-  if (diff.misses.length)
-    list.append(
-      table(
-        "Near misses",
-        MISSES,
-        diff.misses.map((miss) => missRow(page, miss)),
-      ),
-    );
-  for (const [key, status, title] of [
-    ["before", ALONE, "Removed"],
-    ["after", ALONE, "Added"],
-    ["before", CHANGED, "Changed"],
-  ]) {
-    const side = diff[key],
-      nodes = [...side.status.keys()].filter((node) => side.status[node] === status);
-    if (nodes.length)
-      list.append(make("p", make("strong", `${title}: ${count(nodes.length, "operator")}. `), tally(side, nodes)));
-  }
+  const fusions = groups.map((regions) => fusionRow(page, regions));
+  const misses = diff.misses.map((miss) => missRow(page, miss));
+  list.append(table("Fusions", FUSIONS, fusions));
+  if (misses.length) list.append(table("Near misses", MISSES, misses));
+  const others = [othersOf(diff.before, ALONE, "Removed"), othersOf(diff.after, ALONE, "Added")];
+  list.append(...others.flat(), ...othersOf(diff.before, CHANGED, "Changed"));
+}
+
+/** A line about what is in no fusion, if there is any. */
+function othersOf(side, status, title) {
+  const nodes = [...side.status.keys()].filter((node) => side.status[node] === status);
+  if (!nodes.length) return [];
+  return [make("p", make("strong", `${title}: ${count(nodes.length, "operator")}. `), tally(side, nodes))];
 }
 
 function table(title, head, rows) {
@@ -104,9 +92,9 @@ function table(title, head, rows) {
 }
 
 function fusionRow(page, regions) {
-  const { diff } = page,
-    [{ pattern, after, before, note, saved }] = regions,
-    { name, line } = diff.patterns[pattern];
+  const { diff } = page;
+  const [{ pattern, after, before, note, saved }] = regions;
+  const { name, line } = diff.patterns[pattern];
   const at = after.length ? ["after", after[0]] : ["before", before[0]];
   const replaced = `${count(before.length, "operator")}: ${tally(diff.before, before)}`;
   const link = [page.patternSwatch(pattern), jump(page, name, at)];
@@ -114,10 +102,10 @@ function fusionRow(page, regions) {
 }
 
 function missRow(page, { pattern, before, expected, found, line, also }) {
-  const { diff } = page,
-    link = [make("span.swatch.miss"), jump(page, diff.patterns[pattern].name, ["before", before])];
-  const times = `${1 + also.length}`,
-    place = plain(diff.module("before", before));
+  const { diff } = page;
+  const link = [make("span.swatch.miss"), jump(page, diff.patterns[pattern].name, ["before", before])];
+  const times = `${1 + also.length}`;
+  const place = plain(diff.module("before", before));
   return [link, times, place, code(expected), code(found), code(line)];
 }
 

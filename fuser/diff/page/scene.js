@@ -1,12 +1,12 @@
 // Where everything of one side stands: a scene is flat arrays of boxes, and frames: the top scope, and one for each layer
 // that is drawn. A folded run of layers has one frame, of the layer that is shown; an unfolded one has a frame a layer.
 
-const BOX_HEIGHT = 20,
-  FOLD_PADDING = 12,
-  FOLD_HEADER = 24; // px, as in fuser/diff/document.py
-const LAYER_GAP = 10,
-  HULL = 7,
-  LONGEST_LINK = 400; // a longer edge is no part of a hull
+const BOX_HEIGHT = 20;
+const FOLD_PADDING = 12;
+const FOLD_HEADER = 24; // px, as in fuser/diff/document.py
+const LAYER_GAP = 10;
+const HULL = 7;
+const LONGEST_LINK = 400; // a longer edge is no part of a hull
 
 const boxWidth = (label) => Math.max(40, Math.min(200, 7 * label.length + 14));
 const period = (scope) => scope.height + FOLD_HEADER + FOLD_PADDING + LAYER_GAP; // from one unfolded layer to the next
@@ -23,8 +23,8 @@ class Scene {
   }
 
   build() {
-    const { side } = this,
-      [top] = side.scopes;
+    const { side } = this;
+    const [top] = side.scopes;
     const frames = side.folds.map((_, fold) => this.drawn(fold));
     const size = top.places.length + frames.flat().reduce((sum, layer) => sum + side.members[layer].length, 0);
     this.x = new Float32Array(size).fill(NaN); // the centre
@@ -59,8 +59,8 @@ class Scene {
     this.shifts = [];
     for (const [item, , y] of top.places) {
       if (item >= 0 || !this.open[-1 - item]) continue;
-      const scope = this.scope(-1 - item),
-        more = this.side.folds[-1 - item].layers.length - 1;
+      const scope = this.scope(-1 - item);
+      const more = this.side.folds[-1 - item].layers.length - 1;
       this.shifts.push([y, more * period(scope)]);
     }
   }
@@ -77,10 +77,10 @@ class Scene {
   }
 
   putFold(fold, x, y, layers) {
-    const { side } = this,
-      scope = this.scope(fold);
-    const left = x - scope.width / 2,
-      top = this.shifted(y) - (scope.height + FOLD_HEADER + FOLD_PADDING) / 2;
+    const { side } = this;
+    const scope = this.scope(fold);
+    const left = x - scope.width / 2;
+    const top = this.shifted(y) - (scope.height + FOLD_HEADER + FOLD_PADDING) / 2;
     layers.forEach((layer, number) => {
       const frame = { fold, layer, scope, x: left, y: top + FOLD_HEADER + number * period(scope), first: this.size };
       this.frames.push(frame);
@@ -102,8 +102,8 @@ class Scene {
 
   /** Nodes of the layers that are not drawn are found where their like in the shown layer is. */
   standIn(fold) {
-    const { side } = this,
-      shown = side.members[this.shown[fold]];
+    const { side } = this;
+    const shown = side.members[this.shown[fold]];
     for (const layer of side.folds[fold].layers)
       side.members[layer].forEach((node, position) => (this.box[node] = this.box[shown[position]]));
   }
@@ -148,8 +148,8 @@ class Scene {
   /** The hulls of a frame: for each region its boxes, and the edges between them. */
   hulls(frame) {
     return this.cached(`hulls ${frame.layer}`, () => {
-      const hulls = new Map(),
-        places = frame.scope.places.filter(([item]) => item >= 0);
+      const hulls = new Map();
+      const places = frame.scope.places.filter(([item]) => item >= 0);
       for (const node of places.map(([item]) => this.nodeOf(frame, item))) {
         for (const region of this.side.regions.get(node) ?? []) this.addToHull(hulls, region, node, frame);
       }
@@ -163,20 +163,20 @@ class Scene {
       const { pattern } = this.diff.regions[region];
       hulls.set(region, { region, pattern, boxes: new Path2D(), links: new Path2D(), size: 0, x: 0, y: Infinity });
     }
-    const hull = hulls.get(region),
-      { left, top, width } = this.bounds(this.box[node]);
-    const x = left - frame.x,
-      y = top - frame.y;
+    const hull = hulls.get(region);
+    const { left, top, width } = this.bounds(this.box[node]);
+    const x = left - frame.x;
+    const y = top - frame.y;
     hull.boxes.roundRect(x - HULL, y - HULL, width + 2 * HULL, BOX_HEIGHT + 2 * HULL, HULL + 3);
     hull.size++;
     if (y < hull.y) Object.assign(hull, { x, y });
   }
 
   addLink(hulls, edge, frame) {
-    const from = this.nodeOf(frame, edge[0]),
-      to = this.nodeOf(frame, edge[1]);
-    const own = this.side.regions.get(from) ?? [],
-      shared = own.filter((one) => this.side.regions.get(to)?.includes(one));
+    const from = this.nodeOf(frame, edge[0]);
+    const to = this.nodeOf(frame, edge[1]);
+    const own = this.side.regions.get(from) ?? [];
+    const shared = own.filter((one) => this.side.regions.get(to)?.includes(one));
     for (const region of shared) {
       const points = this.points(frame, edge);
       if (points.at(-1) - points[1] <= LONGEST_LINK) curve(hulls.get(region).links, points);

@@ -1,8 +1,8 @@
 // The page: what is selected, shown and searched, and what the keys do.
 
 const PRINTED = { width: 336, height: 660 }; // px of a graph on paper
-const PAN = 60,
-  ZOOM = 1.25;
+const PAN = 60;
+const ZOOM = 1.25;
 const find = (selector) => document.querySelector(selector);
 
 class Page {
@@ -45,8 +45,8 @@ class Page {
 
   /** The beginning of what is shown, in both graphs at one scale. */
   start() {
-    const panes = this.shown.filter((pane) => pane.width),
-      scale = Math.min(...panes.map((pane) => pane.readable));
+    const panes = this.shown.filter((pane) => pane.width);
+    const scale = Math.min(...panes.map((pane) => pane.readable));
     for (const pane of panes) pane.start(scale);
   }
 
@@ -86,8 +86,8 @@ class Page {
     this.details.show(entry);
     this.outline.show(entry);
     if (!entry) return;
-    const { side, node } = entry,
-      scale = Math.max(0.8, this.panes[side].view.scale);
+    const { side, node } = entry;
+    const scale = Math.max(0.8, this.panes[side].view.scale);
     if (this.mode !== "both" && this.mode !== side && !this.lit[this.mode]?.length) this.setMode(side);
     for (const pane of this.shown) {
       const nodes = pane.key === side ? [...this.lit[side], node] : this.lit[pane.key];
@@ -96,12 +96,14 @@ class Page {
     }
   }
 
-  /** In a folded run of layers, the layer of the nodes is the one to show. */
+  /** In a folded run of layers, the layer of the nodes, or of most of them, is the one to show. */
   showLayers(pane, nodes) {
     const { side, scene } = pane;
-    for (const layer of nodes.map((node) => side.nodes[node][LAYER]).filter((layer) => layer >= 0)) {
-      const { fold } = side.layers[layer];
-      if (scene.open[fold] || scene.shown[fold] === layer) continue;
+    const layers = new Map();
+    for (const node of nodes) addTo(layers, side.nodes[node][LAYER], node);
+    for (const [layer] of [...layers].sort((a, b) => a[1].length - b[1].length)) {
+      const fold = side.layers[layer]?.fold ?? -1;
+      if (fold < 0 || scene.open[fold] || scene.shown[fold] === layer) continue;
       scene.shown[fold] = layer;
       this.rebuild(pane);
     }
@@ -118,8 +120,8 @@ class Page {
 
   /** What a node is, in words. */
   state(key, node) {
-    const { status, misses } = this.diff[key],
-      pattern = this.diff.patterns[this.diff.pattern(key, node)];
+    const { status, misses } = this.diff[key];
+    const pattern = this.diff.patterns[this.diff.pattern(key, node)];
     const words = {
       [SAME]: "unchanged",
       [CHANGED]: "changed",
@@ -130,8 +132,8 @@ class Page {
   }
 
   swatch(key, node) {
-    const status = this.diff[key].status[node],
-      alone = key === "after" ? "added" : "removed";
+    const status = this.diff[key].status[node];
+    const alone = key === "after" ? "added" : "removed";
     if (status === FUSED) return this.patternSwatch(this.diff.pattern(key, node));
     return make(`span.swatch${status === CHANGED ? ".changed" : status === ALONE ? `.${alone}` : ""}`);
   }
@@ -205,8 +207,8 @@ class Page {
 
   /** Unfolds or folds one run of layers; in both graphs where that is asked for. */
   toggle(key, fold, both = false) {
-    const open = !this.panes[key].scene.open[fold],
-      { label } = this.diff[key].folds[fold];
+    const open = !this.panes[key].scene.open[fold];
+    const { label } = this.diff[key].folds[fold];
     for (const pane of both ? this.all : [this.panes[key]]) {
       const same = pane.key === key ? fold : pane.side.folds.findIndex((one) => one.label === label);
       if (same >= 0) this.setOpen(pane, same, open);
@@ -231,9 +233,9 @@ class Page {
   }
 
   showFolds(pane) {
-    const { side, figure, canvas, key } = pane,
-      open = this.isOpen(pane),
-      operators = count(side.nodes.length, "operator");
+    const { side, figure, canvas, key } = pane;
+    const open = this.isOpen(pane);
+    const operators = count(side.nodes.length, "operator");
     const repeated = side.folds.reduce((sum, { layers }) => sum + (layers.length > 1 ? layers.length : 0), 0);
     const fold = figure.querySelector(".fold");
     fold.hidden = !repeated;
@@ -264,8 +266,8 @@ class Page {
   /** One graph in the place of the other; what is selected stays at its place. */
   flip() {
     if (this.mode !== "before" && this.mode !== "after") return this.setMode("before");
-    const from = this.panes[this.mode],
-      to = this.panes[opposite(this.mode)];
+    const from = this.panes[this.mode];
+    const to = this.panes[opposite(this.mode)];
     this.setMode(to.key);
     this.linking.replace(from, to, this.lit);
   }
@@ -322,8 +324,8 @@ class Page {
   // Keys and buttons.
 
   listen() {
-    const on = (selector, act) => find(selector).addEventListener("click", act),
-      query = find("#query");
+    const on = (selector, act) => find(selector).addEventListener("click", act);
+    const query = find("#query");
     for (const one of document.querySelectorAll("button[data-mode]"))
       one.addEventListener("click", () => this.setMode(one.dataset.mode));
     for (const pane of this.all) {
