@@ -363,7 +363,8 @@ def _regularity(depths: Sequence[int]) -> tuple[float, int]:
     return (count / (len(depths) - 1) if span else 0.0), span
 
 
-_NUMBERED = re.compile(r"(\D*?)[_\[]*(\d+)\]?_?")
+_NUMBERED = re.compile(r"(\D*?)[_\[]*(\d{1,9})\]?_?")
+LONGEST = 128  # characters of a component that is looked at for a number
 
 
 def _numbered(module: str) -> list[tuple[str, int, bool, str]]:
@@ -371,7 +372,7 @@ def _numbered(module: str) -> list[tuple[str, int, bool, str]]:
     found = []
     path = module.split(".")
     for place, component in enumerate(path):
-        match = _NUMBERED.fullmatch(component)
+        match = _NUMBERED.fullmatch(component) if len(component) <= LONGEST else None
         if match is not None:
             stem = match[1].strip("_")
             stack = ".".join([*path[:place], *([stem] if stem else [])])

@@ -159,7 +159,7 @@ HOSTILE = [
     "<a href=javascript:alert(1)>x</a>", "<base href=//evil>", "<meta http-equiv=refresh content=0>",
     "a\0b", "\u202egnp.exe\u2066", "\u2028\u2029", "\ufeff\u200b\u200d", "\033[31mred\033[0m\033]0;title\007", "a\r\nb\tc",
     "😀👩‍💻", "e" + "\u0301" * 50, "__proto__", "constructor", "../../etc/passwd", "\udbff".encode("utf-8", "replace").decode(),
-    "🏴" + "\U000e0067\U000e0062", "x" * 1_000_000, "<script>" * 50_000,
+    "🏴" + "\U000e0067\U000e0062", "x" * 1_000_000, "<script>" * 50_000, "_" * 300_000, "9" * 5_000, "layers." + "1." * 9_000,
 ]  # fmt: skip
 
 

@@ -64,10 +64,11 @@ def computes(node: Node) -> bool:
 
 def moved(node: Node, sizes: Sizes) -> int | None:
     """Bytes that an operator reads and writes by itself; of a table that is indexed, the rows."""
-    values = [*dict.fromkeys(value for value in node.inputs if value is not None), *node.outputs]
-    if node.is_a("Gather"):
-        values = [*node.inputs[1:], *node.outputs, *node.outputs]  # type: ignore[list-item]
-    amounts = [sizes.bytes(value) for value in values]
+    read = [
+        value for value in dict.fromkeys(node.inputs[1:] if node.is_a("Gather") else node.inputs) if value is not None
+    ]
+    rows = node.outputs if node.is_a("Gather") else []
+    amounts = [sizes.bytes(value) for value in (*read, *rows, *node.outputs)]
     return sum(amount for amount in amounts if amount is not None) if None not in amounts else None
 
 
