@@ -133,6 +133,18 @@ def test_bytes_that_a_norm_saves() -> None:
     assert region.saved == f"{2 * (2 * 96 + 3 * 4) * 1024 * 1024 / 1e6:.1f} MB a token, 5 launches"
 
 
+def test_bytes_of_codes() -> None:
+    """What quantized weights take less is what a token reads less of them."""
+    plain, quantized = (fuser.fuse(DEMO, verify=False, quantize=format) for format in (None, "int4"))
+    rows = [{row.label: row for row in fused.diff().document.summary} for fused in (plain, quantized)]
+    read, taken = (
+        [float(row[label].after.removesuffix(" MB")) for row in rows] for label in ("bytes a token", "weights")
+    )
+    assert taken[0] - taken[1] > 4
+    assert read[0] - read[1] == pytest.approx(taken[0] - taken[1], abs=0.3)
+    assert rows[0]["bytes a token"].before == rows[1]["bytes a token"].before
+
+
 def test_near_misses_are_marked() -> None:
     from tests import breaks
 

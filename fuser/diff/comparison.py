@@ -123,7 +123,7 @@ def of_fused(read: Graph, fused: Graph, report: Report) -> Diff:
     """The diff of a graph as it was read, its nodes those of the report's explanation, and what was fused in it."""
     assert report.explanation is not None
     table = Table()
-    first, second = Structure(read.clone(), table), Structure(fused, table)
+    first, second = Structure(read, table), Structure(fused, table)
     _infer(first.graph)
     lines = {(c.kind, c.sources): (c.line, c.error) for c in report.explanation.constructs if c.reason is None}
 

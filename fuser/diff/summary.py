@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 
 from fuser import dims
-from fuser.codegen.plan import VIEWS, at, plan
+from fuser.codegen.plan import VIEWS, Launch, at, plan
 from fuser.diff.alignment import Stands
 from fuser.diff.document import Row
 from fuser.diff.folding import Folding
@@ -39,6 +39,8 @@ class Sizes:
 
     def bytes(self, value: Value) -> int | None:
         """The bytes of a value; None where its type or a size is not known."""
+        if value.constant is not None:
+            return value.constant.stored_bytes
         if value.dtype is None or value.shape is None or not value.dtype.bits:
             return None
         key = (value.dtype, value.shape)
@@ -158,6 +160,12 @@ def _planned(
         if layer is not None:
             counts[index[layer]] = counts.get(index[layer], 0) + 1
     names = {str(symbol): number for symbol, number in sizes.of.items()}
-    amounts: Sequence[int | None] = [at(launch.bytes, names) for launch in launches]
+    amounts: Sequence[int | None] = [at(dims.add(launch.bytes, _codes(launch)), names) for launch in launches]
     known = [amount for amount in amounts if amount is not None]
     return counts, sum(known) if len(known) >= KNOWN * len(amounts) else None
+
+
+def _codes(launch: Launch) -> int:
+    """How many bytes more than their numbers the weights of a product take: fewer, where they are codes."""
+    weights = [value.constant for value in launch.inputs if value.constant is not None and launch.family == "linear"]
+    return sum(weight.stored_bytes - weight.nbytes for weight in weights)
