@@ -102,13 +102,7 @@ class Outline {
     const { before, after } = branch.counts;
     const counts = before === after || branch.label === REMOVED ? `${before}` : `${before} → ${after}`;
     const fill = (branch.branches.size || branch.leaves.length) && ((list) => this.fill(list, branch, level + 1));
-    const item = this.item(
-      level,
-      names.join("."),
-      counts,
-      fill,
-      ...marks,
-    );
+    const item = this.item(level, names.join("."), counts, fill, ...marks);
     item.branch = branch;
     return item;
   }
