@@ -1,7 +1,6 @@
 """Hand-made documents of a diff: a decoder of any number of layers, with each kind of node, fusion and near miss."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from fuser.diff.document import (
     Changed,
@@ -72,11 +71,10 @@ def decoder(layers: int, repeats: int = 1) -> Document:
     made.patterns = [Pattern(name, f"What {name} does.", f"patterns/{name}.py:24") for name in PATTERNS]
     before, after = _Graph(made.before, made.modules), _Graph(made.after, made.modules)
     masks = [graph.value("attention_mask", Kind.CHIP) for graph in (before, after)]
-    for graph, mask in zip((before, after), masks, strict=True):
+    for graph in (before, after):
         graph.last.append(graph.value("input_ids", Kind.INPUT))
         graph.add("Gather", "model.embed_tokens", -1)
         graph.side.layers = [(f"model.layers.{layer}", 0) for layer in range(layers)]
-        del mask
     made.pairs.append((0, 0))
     for layer in range(layers):
         starts = len(made.before.nodes), len(made.after.nodes)
@@ -153,8 +151,3 @@ def _sum_up(made: Document) -> None:
         Row("weights", "7.6 MB", "7.6 MB"),
         Row("verified error", "", "7.7e-07", "relative; decode, prefill"),
     ]
-
-
-def to_json(layers: int, repeats: int = 1) -> dict[str, Any]:
-    """The JSON of `decoder`."""
-    return decoder(layers, repeats).to_json()

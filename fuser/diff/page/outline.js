@@ -1,5 +1,7 @@
 // The outline: modules, in them operators, and in a fused one what it stands for. It is the accessible form of the graphs.
 
+const REMOVED = "removed operators"; // of a module: together, for an exporter may write many
+
 class Branch {
   constructor(label) {
     this.label = label; // of a layer, which stands in its stack: the end of its path
@@ -50,10 +52,15 @@ function home(diff, key, node) {
   return ["before", [...numbers.values()].reduce((most, one) => (one.length > most.length ? one : most))[0]];
 }
 
-/** The names from the top to a node: the stack of its layer, the run, the layer, the modules within. */
+/** The names from the top to a node. */
 function pathOf(diff, key, node) {
-  const side = diff[key];
-  const module = diff.module(key, node);
+  const { status, misses } = diff[key];
+  const removed = key === "before" && status[node] === ALONE && !misses.has(node);
+  return [...modulesOf(diff[key], node, diff.module(key, node)), ...(removed ? [REMOVED] : [])];
+}
+
+/** The stack of a node's layer, the run, the layer, the modules within. */
+function modulesOf(side, node, module) {
   const isIn = ({ label }) => `${module}.`.startsWith(`${label}.`); // what layers share stands in the first's module
   const layer = side.layers[side.nodes[node][LAYER]] ?? side.layers.find(isIn);
   if (!layer) return module ? module.split(".") : [];
@@ -78,21 +85,24 @@ class Outline {
   }
 
   fill(list, branch, level) {
-    for (const inner of branch.branches.values()) list.append(this.module(inner, level));
+    const removed = branch.branches.get(REMOVED);
+    for (const inner of branch.branches.values()) if (inner !== removed) list.append(this.module(inner, level));
     for (const [key, node] of branch.leaves) list.append(this.operator(key, node, level));
+    if (removed) list.append(this.module(removed, level, make("span.swatch.removed")));
   }
 
-  module(branch, level) {
+  module(branch, level, ...marks) {
     const names = [branch.label];
-    while (branch.branches.size === 1 && !branch.leaves.length) {
+    while (branch.branches.size === 1 && !branch.leaves.length && !branch.branches.has(REMOVED)) {
       // a path without forks is one item
       [branch] = branch.branches.values();
       if (branch.label.startsWith(`${names.at(-1)}.`)) names.pop(); // layers.0-31 says layers
       names.push(branch.label);
     }
     const { before, after } = branch.counts;
+    const counts = before === after || branch.label === REMOVED ? `${before}` : `${before} → ${after}`;
     const fill = (branch.branches.size || branch.leaves.length) && ((list) => this.fill(list, branch, level + 1));
-    const item = this.item(level, names.join("."), before === after ? `${before}` : `${before} → ${after}`, fill);
+    const item = this.item(level, names.join("."), counts, fill, ...marks);
     item.branch = branch;
     return item;
   }
