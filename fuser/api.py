@@ -16,6 +16,7 @@ from fuser.codegen.kv_groups import kv_group_of
 from fuser.codegen.linear import MOST_TOKENS
 from fuser.codegen.plan import REGIMES, Launch, plan
 from fuser.codegen.program import Program
+from fuser.diff.comparison import Diff, of_fused
 from fuser.errors import UsageError, VerificationError
 from fuser.explanation import Explanation
 from fuser.exporter import Artifact, export
@@ -24,7 +25,7 @@ from fuser.graph import FUSER, Graph
 from fuser.importer import external_files, from_proto, read_model
 from fuser.layers import steps
 from fuser.lowering import TARGETS
-from fuser.pipeline import Progress, canonicalized, input_roles, quantization, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, input_roles, outlined, quantization, rewritten, stage, weight_bytes
 from fuser.quantized import unrounded
 from fuser.quantizing import Choices, choices
 from fuser.report import Report, explanation_text
@@ -39,9 +40,12 @@ PREFILL_TOKENS = 2048  # of the prefill step that is emitted
 class FusedModel:
     """A fused model: its graph, its report, and the file it can be saved as."""
 
-    def __init__(self, graph: Graph, report: Report, artifact: Artifact, sources: Collection[Path]) -> None:
+    def __init__(
+        self, graph: Graph, report: Report, artifact: Artifact, sources: Collection[Path], read: Graph
+    ) -> None:
         self.graph = graph
         self.report = report
+        self.read = read  # the graph as it was read, without its weights
         self.sources = sources  # the files it was read from
         self._artifact = artifact
 
@@ -95,6 +99,10 @@ class FusedModel:
         """
         assert self.report.explanation is not None
         return explanation_text(self.report.explanation, everything=everything)
+
+    def diff(self) -> Diff:
+        """What was fused, before and after: `.save("diff.html")` (or .svg, .txt, .json), `.text()`, or shown in a notebook."""
+        return of_fused(self.read, self.graph, self.report)
 
 
 def check_output(path: str | os.PathLike[str], sources: Collection[Path]) -> None:
@@ -167,7 +175,7 @@ def fuse(
     report.notes = artifact.notes
     report.nodes_after = len(artifact.model.graph.node)
     report.weights_bytes_after = artifact.weight_bytes
-    fused = FusedModel(graph, report, artifact, made.sources)
+    fused = FusedModel(graph, report, artifact, made.sources, made.read)
     if not verify:
         report.verification = Verification(skipped="--no-verify")
         artifact.set_accuracy_level(level)
@@ -240,10 +248,12 @@ def _report(path: Path | None, target: str) -> Report:
 
 @dataclass(frozen=True)
 class _Made:
-    """A fused graph; the graph that it is held against where that is not its source; the files it was read from; the roles
-    of its inputs, or why there are none; the accuracy level of the source's products with codes."""
+    """A fused graph; the graph as it was read, without weights; the one that it is held against where that is not its source;
+    the files it was read from; the roles of its inputs, or why there are none; the accuracy level of the source's products
+    with codes."""
 
     graph: Graph
+    read: Graph
     original: Graph | None
     sources: Collection[Path]
     roles: list[Role]
@@ -272,7 +282,7 @@ def _rewritten(
         sources = {path, *external_files(proto, path.parent)} if path else set()
         graph = from_proto(proto, path.parent if path else Path(), dims, path)
         report.weights_bytes_before = weight_bytes(graph)
-        before = steps(graph)
+        before, read = steps(graph), outlined(graph)
     level = max((node.attributes.get("accuracy_level", 0) for node in graph.nodes), default=0)
     canonicalized(graph, report, note)
     found, unfit = input_roles(graph) if verify and compared else ([], "")
@@ -280,7 +290,7 @@ def _rewritten(
         graph = quantization(graph, chosen, report, note)
     original = graph.clone() if chosen is not None or level > EXACT else None
     rewritten(graph, before, report, note, verify=verify)
-    return _Made(graph, original, sources, found, unfit, level)
+    return _Made(graph, read, original, sources, found, unfit, level)
 
 
 def _reference(source: str | bytes, quantized: Graph | None, fused: Graph) -> str | bytes | Reference:

@@ -67,7 +67,8 @@ class Checker:
     opset: int
     checked: int = 0
     reused: int = 0
-    _verdicts: dict[Any, str | None] = field(default_factory=dict)
+    error: float = 0.0  # of the fused node checked last, in the graph's dtype, relative to the region in float64
+    _verdicts: dict[Any, tuple[str | None, float]] = field(default_factory=dict)
 
     def check(self, rewrite: Rewrite) -> str | None:
         """None where both sides agree, else what disagreed."""
@@ -76,8 +77,9 @@ class Checker:
             self.reused += 1
         else:
             self.checked += 1
-            self._verdicts[key] = self._check(rewrite)
-        return self._verdicts[key]
+            self._verdicts[key] = self._check(rewrite), self.error
+        verdict, self.error = self._verdicts[key]
+        return verdict
 
     def _check(self, rewrite: Rewrite) -> str | None:
         shrink = _shrinkable(rewrite)
@@ -86,10 +88,12 @@ class Checker:
         return self._compare(rewrite, {}) if verdict is not None and shrink else verdict
 
     def _compare(self, rewrite: Rewrite, shrink: dict[int, int]) -> str | None:
+        self.error = 0.0
         for number, (sizes, scale) in enumerate(INSTANCES):
             try:
                 trial = _Trial(rewrite, shrink, sizes, scale, np.random.default_rng(20260 + number), self.opset)
                 reason = trial.run()
+                self.error = max(self.error, trial.error)
             except FuserError as error:
                 return f"it cannot be checked: {error}"
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -114,6 +118,7 @@ class _Trial:
         self.rewrite, self.shrink, self.scale, self.random, self.opset = rewrite, shrink, scale, random, opset
         self.leaves: dict[int, np.ndarray] = {}
         self.given: dict[int, np.ndarray] = {}
+        self.error = 0.0
         self.drawn = _drawn(rewrite)
         made = {id(value) for node in rewrite.evaluated for value in node.outputs}
         self.outside = list(
@@ -155,7 +160,9 @@ class _Trial:
             allowed = max(
                 NATIVE_RATIO * relative_error(native[i], truth[i]), 4 * torch.finfo(native[i].dtype).eps, self.precision
             )
-            if not relative_error(fused[i], truth[i]) <= allowed:
+            rounding = relative_error(fused[i], truth[i])
+            self.error = max(self.error, rounding)
+            if not rounding <= allowed:
                 return f"output {i} is less precise than the region in {value.dtype}"
         return None
 

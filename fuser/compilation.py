@@ -17,7 +17,7 @@ from fuser.errors import InputError, UsageError, VerificationError
 from fuser.fx import evaluating, export_module, import_program
 from fuser.graph import Graph
 from fuser.layers import steps
-from fuser.pipeline import Progress, canonicalized, rewritten, stage, weight_bytes
+from fuser.pipeline import Progress, canonicalized, outlined, rewritten, stage, weight_bytes
 from fuser.quantized import unrounded
 from fuser.report import Report
 from fuser.runtime.executor import Executor
@@ -48,6 +48,7 @@ class Linked:
     graph: Graph
     report: Report
     engine: Executor | None  # None where weights have no elements
+    read: Graph  # as it was captured, without weights
 
     @property
     def executor(self) -> Executor:
@@ -176,7 +177,7 @@ class Compilation:
         outputs = tuple(_place(spec.arg) for spec in specs if spec.kind is OutputKind.USER_OUTPUT)
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
-        variant = Variant(made.graph, report, made.engine, outputs, out_spec)
+        variant = Variant(made.graph, report, made.engine, made.read, outputs, out_spec)
         if self.options.verify:
             with stage(report, "verify", self.options.note):
                 leaves = pytree.tree_leaves((args, kwargs))
@@ -194,17 +195,17 @@ def linked(
         graph = import_program(program, inputs=inputs, outputs=outputs)
         report.nodes_before = len(graph.nodes)
         report.weights_bytes_before = weight_bytes(graph)
-        before = steps(graph)
+        before, read = steps(graph), outlined(graph)
     canonicalized(graph, report, options.note)
     rewritten(graph, before, report, options.note, verify=options.verify)
     report.nodes_after, report.weights_bytes_after = len(graph.nodes), weight_bytes(graph)
     if not _has_elements(graph):
-        return Linked(graph, report, None)
+        return Linked(graph, report, None, read)
     if not options.is_run and (too_large(report.weights_bytes_after) or not options.verify):
-        return Linked(graph, report, None)
+        return Linked(graph, report, None, read)
     with stage(report, "link", options.note):
         executor = Executor(graph, kernels=BACKENDS[AUTO if options.backend == "auto" else options.backend])
-    return Linked(graph, report, executor)
+    return Linked(graph, report, executor, read)
 
 
 def _has_elements(graph: Graph) -> bool:

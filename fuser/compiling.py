@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from fuser.api import check_output
 from fuser.compilation import BACKENDS, Compilation, Options
+from fuser.diff.comparison import Diff, of_fused
 from fuser.errors import InputError, UsageError
 from fuser.exporter import export
 from fuser.graph import Graph
@@ -146,6 +147,11 @@ class Compiled(nn.Module):
         explanation = self.report.explanation
         assert explanation is not None
         return explanation_text(explanation, everything=everything)
+
+    def diff(self) -> Diff:
+        """What was fused, before and after, as `FusedModel.diff` gives it."""
+        first = self._compilation.first
+        return of_fused(first.read, first.graph, first.report)
 
     def save(self, path: str | os.PathLike[str], *, target: str = "ort") -> None:
         """Writes the fused graph as an ONNX file, whole or not at all.

@@ -121,6 +121,26 @@ class Array(Constant):
 
 
 @dataclass(eq=False)
+class Outline(Constant):
+    """What is left of a constant whose elements are not kept: its dtype, its shape and the bytes that it took."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    took_bytes: int
+
+    @property
+    def is_known(self) -> bool:
+        return False
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.took_bytes
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        raise InputError(f"the elements of a constant of shape {list(self.shape)} are not kept")
+
+
+@dataclass(eq=False)
 class Proto(Constant):
     """A constant that came inside the ONNX file, decoded on demand."""
 

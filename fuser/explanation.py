@@ -97,6 +97,7 @@ class Construct:
     line: str
     reason: Reason | None = None
     place: Place | None = None  # of a miss that a pattern has the word for
+    error: float | None = None  # of one that was fused, as its check found it
 
     def to_json(self) -> dict[str, Any]:
         found = {
@@ -218,7 +219,9 @@ def explain(model: str, nodes: int, steps: Sequence[Step], outcome: Outcome) -> 
     for fused in outcome.constructs:
         layer, module = layers.of(fused.sources), layers.home(fused.sources)
         made.constructs.append(
-            Construct(fused.kind, layer, module, fused.sources, layers.size(fused.sources), fused.line)
+            Construct(
+                fused.kind, layer, module, fused.sources, layers.size(fused.sources), fused.line, error=fused.error
+            )
         )
     _Reasoning(made, outcome).find()
     made.constructs.sort(key=lambda construct: layers.depth(construct.sources))

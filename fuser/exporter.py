@@ -249,7 +249,7 @@ def _assemble(graph: Graph, functions: list[onnx.FunctionProto]) -> ModelProto:
     model.graph.ClearField("value_info")
     for proto, node in zip(model.graph.node, graph.nodes, strict=True):
         complete(proto, node)
-        if node.domain in (FUSER, MICROSOFT) or not node.metadata:
+        if node.domain in (FUSER, MICROSOFT) or not node.metadata or node.origin.sources != (proto.name,):
             _origin(proto, node.origin.module, node.origin.sources)
     model.functions.extend(functions)
     for value in graph.inputs:

@@ -145,6 +145,7 @@ class _Reader:
     def __init__(self, graph: Graph, model: ModelProto, folder: Path, path: Path | None) -> None:
         self.graph, self.model, self.folder, self.path = graph, model, folder, path
         self.values: dict[str, Value] = {}
+        self.labels: set[str] = set()  # what origins call the nodes so far
         self.schemas: dict[tuple[str, str], onnx.defs.OpSchema | None] = {}
 
     def read(self) -> None:
@@ -307,7 +308,10 @@ class _Reader:
         inputs = [None if tensor.is_empty() else self._lookup(tensor.name) for tensor in source.inputs]
         node = Node(source.op, inputs, [], attributes, domain, source.name or "", carried=tuple(carried))
         node.metadata = tuple((entry.key, entry.value) for entry in proto.metadata_props)
-        label = source.name or next((t.name for t in source.outputs if not t.is_empty()), source.op)
+        label = source.name
+        if not label or label in self.labels:
+            label = next((t.name for t in source.outputs if not t.is_empty()), source.op)
+        self.labels.add(label)
         node.origin = Origin((label,), module_path(node))
         for index, tensor in enumerate(source.outputs):
             # An output left out still has its position; it goes out without a name again.
@@ -444,6 +448,8 @@ def _outer_names(attribute: AttributeProto) -> Iterator[str]:
 def module_path(node: Node) -> str:
     """The module that made a node, from whatever the exporter left: scopes in metadata, or a path in the node's name."""
     metadata = dict(node.metadata)
+    if "fuser.module" in metadata:
+        return metadata["fuser.module"]
     scopes = metadata.get("pkg.torch.onnx.name_scopes")
     if scopes:
         try:

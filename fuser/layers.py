@@ -159,6 +159,10 @@ class Layers:
         found, count = Counter(self.of_steps[number] for number in numbers).most_common(1)[0]
         return self._split(self.home(sources)) or (found if 2 * count >= len(numbers) else None)
 
+    def own(self, number: int) -> Layer | None:
+        """The layer of a step; of what several layers share, none."""
+        return None if number in self._shared else self.of_steps[number]
+
     def within(self, module: str) -> str:
         """A module's path from its layer on; the whole path outside layers."""
         return self._relative.get(module, "") if self._split(module) is not None else module
@@ -359,7 +363,8 @@ def _regularity(depths: Sequence[int]) -> tuple[float, int]:
     return (count / (len(depths) - 1) if span else 0.0), span
 
 
-_NUMBERED = re.compile(r"(\D*?)[_\[]*(\d+)\]?_?")
+_NUMBERED = re.compile(r"(\D*?)[_\[]*(\d{1,9})\]?_?")
+LONGEST = 128  # characters of a component that is looked at for a number
 
 
 def _numbered(module: str) -> list[tuple[str, int, bool, str]]:
@@ -367,7 +372,7 @@ def _numbered(module: str) -> list[tuple[str, int, bool, str]]:
     found = []
     path = module.split(".")
     for place, component in enumerate(path):
-        match = _NUMBERED.fullmatch(component)
+        match = _NUMBERED.fullmatch(component) if len(component) <= LONGEST else None
         if match is not None:
             stem = match[1].strip("_")
             stack = ".".join([*path[:place], *([stem] if stem else [])])

@@ -13,7 +13,7 @@ from fuser.dims import Dim, Shape
 from fuser.dtypes import DType
 from fuser.errors import UsageError
 from fuser.fused import REGISTRY, FusedOp, Lowering
-from fuser.graph import FUSER, MICROSOFT, Graph, Node, Value
+from fuser.graph import FUSER, MICROSOFT, Graph, Node, Origin, Value
 from fuser.onnx_nodes import Reference, node_proto
 from fuser.onnx_weights import holds_codes
 from fuser.products import Say, dequantized, opset_of, product
@@ -65,6 +65,8 @@ class Emitter:
     def take_over(self, node: Node, outputs: Mapping[int, Value]) -> None:
         """Lowers another fused node too: these are its outputs; nothing may read the others any more."""
         for index, new in outputs.items():
+            if new.producer is not None:
+                new.producer.origin = Origin.union((new.producer.origin, node.origin))
             _provide(self._graph, node.outputs[index], new)
         self._graph.remove(node)
 

@@ -9,6 +9,7 @@ import torch
 
 from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
+from fuser.constants import Outline
 from fuser.errors import VerificationError
 from fuser.graph import Graph
 from fuser.layers import Step
@@ -18,6 +19,7 @@ from fuser.report import Report
 from fuser.rewriting import rewrite
 from fuser.verification import Role, roles
 
+KEPT = 1024  # elements of the constants that say something of shapes and axes
 Progress = Callable[[str], None]
 
 
@@ -30,6 +32,17 @@ def stage(report: Report, name: str, note: Progress) -> Iterator[None]:
         yield
     finally:
         report.stages_s[name] = report.stages_s.get(name, 0.0) + perf_counter() - start
+
+
+def outlined(graph: Graph) -> Graph:
+    """A copy of a graph as it was read, for its diff: it keeps no weights alive."""
+    copy, outlines = graph.clone(), dict[int, Outline]()
+    for value in copy.constants():
+        constant = value.constant
+        if constant is not None and constant.size > KEPT:
+            made = Outline(constant.dtype, constant.shape, constant.stored_bytes)
+            value.constant = outlines.setdefault(id(constant), made)
+    return copy
 
 
 def canonicalized(graph: Graph, report: Report, note: Progress) -> None:

@@ -22,12 +22,14 @@ ANCHORS = 2  # from which a place that is left is looked at
 
 @dataclass(frozen=True)
 class Fused:
-    """A fused node: what it is counted as, the source nodes it stands for, and the line of the source that matched."""
+    """A fused node: what it is counted as, the source nodes it stands for, the line of the source that matched, and its
+    relative error in the check (None: it was recognised by what it holds, or nothing was checked)."""
 
     kind: str
     operator: str
     sources: tuple[str, ...]
     line: str
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,13 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
     """
     outcome, checker = Outcome(), Checker(graph.opset)
     failures: list[tuple[FusedOp, Failure, Node]] = []
-    lines: dict[Node, str] = {}
+    made: dict[Node, tuple[str, float | None]] = {}  # by which line, with what error
     start = perf_counter()
     refusals = recognize(graph, operators)
     outcome.recognize_s = perf_counter() - start
     for operator in operators:
         for source in operator.sources:
-            failures += _apply(graph, operator, source, checker if verify else None, outcome, lines)
+            failures += _apply(graph, operator, source, checker if verify else None, outcome, made)
         graph.sort()
     graph.prune()
     for node in graph.nodes:
@@ -118,7 +120,7 @@ def rewrite(graph: Graph, operators: Sequence[FusedOp], *, verify: bool = True) 
         if operator_of_node is not None:
             kind = operator_of_node.kind_of(node)
             outcome.fused[kind] = outcome.fused.get(kind, 0) + 1
-            outcome.constructs.append(Fused(kind, node.op, node.origin.sources, lines.get(node, "")))
+            outcome.constructs.append(Fused(kind, node.op, node.origin.sources, *made.get(node, ("", None))))
     outcome.misses = _near_misses(graph, _nearest(graph, operators) + failures) + _refused(graph, refusals)
     outcome.checked, outcome.reused = checker.checked, checker.reused
     return outcome
@@ -179,7 +181,7 @@ def _apply(
     source: Source,
     checker: Checker | None,
     outcome: Outcome,
-    lines: dict[Node, str],
+    made: dict[Node, tuple[str, float | None]],
 ) -> list[tuple[FusedOp, Failure, Node]]:
     start = perf_counter()
     checking = outcome.check_s
@@ -203,7 +205,7 @@ def _apply(
                     frozenset(match.region),
                 )  # fmt: skip
                 continue
-        lines[replace(graph, proposal, match)] = source.line
+        made[replace(graph, proposal, match)] = source.line, None if checker is None else checker.error
     outcome.match_s += perf_counter() - start - (outcome.check_s - checking)
     return [(operator, failure, anchor) for anchor, failure in matcher.failures.items()]
 

@@ -1,14 +1,9 @@
 """The command: `fuse model.onnx -o fused.onnx`, and those beside it: `fuse explain model.onnx`."""
 
-from fuser.cli import (
-    costing,
-    fusing,
-    kernels,
-    running,
-)  # each registers its commands, in the order in which help lists them
+from fuser.cli import fusing, diffing, costing, kernels, running  # noqa: I001  each registers its commands, in help's order
 from fuser.cli.console import Progress, app
 
-__all__ = ["Progress", "app", "costing", "fusing", "kernels", "main", "running"]
+__all__ = ["Progress", "app", "costing", "diffing", "fusing", "kernels", "main", "running"]
 
 
 def main() -> None:

@@ -68,6 +68,10 @@ def fuse(
         typer.Option("--verify/--no-verify", help="Prove every rewrite, and compare the result with the original."),
     ] = True,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
+    diff: Annotated[
+        Path | None,
+        typer.Option(help="Write what was fused, before and after, to this file: .html, .svg, .txt or .json."),
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +126,7 @@ def fuse(
     --strict unmet (nothing written).
     """
     with failing(quiet=quiet, verbose=verbose) as (console, progress):
-        _run(console, progress, model, output, target, sizes(dim or [], "--dim"), verify, report, explain,
+        _run(console, progress, model, output, target, sizes(dim or [], "--dim"), verify, report, diff, explain,
              sizes(expect or [], "--expect"), strict, as_json, quiet, Emission(emit_triton, dtype, tokens),
              Quantization(quantize, keep or [], _formats(override or []), quantize_head, accuracy_level))  # fmt: skip
 
@@ -189,6 +193,7 @@ def _run(
     sizes: dict[str, int],
     verify: bool,
     report_file: Path | None,
+    diff_file: Path | None,
     explain: bool,
     expected: dict[str, int],
     strict: bool,
@@ -198,21 +203,25 @@ def _run(
     quantization: Quantization,
 ) -> None:
     from fuser import api
+    from fuser.diff.comparison import form_of
     from fuser.exporter import write_text
 
-    if output is not None:
-        api.check_output(output, [model])
-    if report_file is not None:
-        api.check_output(report_file, [model])
-        if output is not None and output.resolve() == report_file.resolve():
-            raise UsageError(f"--report and -o are the same file, '{output}'")
+    files = {"-o": output, "--report": report_file, "--diff": diff_file}
+    named = {option: file for option, file in files.items() if file is not None}
+    for option, file in named.items():
+        api.check_output(file, [model])
+        for other in list(named)[: list(named).index(option)]:
+            if named[other].resolve() == file.resolve():
+                raise UsageError(f"{option} and {other} are the same file, '{file}'")
+    if diff_file is not None:
+        form_of(diff_file)
     if emission.folder is not None:
         api.check_emission(emission.folder, dtype=emission.dtype, tokens=emission.tokens)
     fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress, **vars(quantization))
     progress.stop()
     record = fused.report
-    if report_file is not None:
-        api.check_output(report_file, fused.sources)
+    for file in named.values():
+        api.check_output(file, fused.sources)
     unmet = _unmet(record, expected, strict)
     if output is not None and not unmet:
         progress("write")
@@ -224,6 +233,10 @@ def _run(
         progress.stop()
     if report_file is not None:
         write_text(report_file, json.dumps(record.to_json(), indent=2) + "\n")
+    if diff_file is not None and not unmet:
+        progress("diff")
+        fused.diff().save(diff_file)
+        progress.stop()
     if as_json:
         print(json.dumps(record.to_json(), indent=2))
     if not quiet:
@@ -232,6 +245,8 @@ def _run(
             console.print(lines(f"\n{fused.explain(everything=True)}"), markup=False)
         if output is not None and not unmet:
             console.print(f"\nwrote {output}", markup=False)
+        if diff_file is not None and not unmet:
+            console.print(f"\nwrote {diff_file}", markup=False)
         if emission.folder is not None and not unmet:
             console.print(f"\nwrote kernels to {emission.folder}", markup=False)
     if unmet:
