@@ -22,7 +22,8 @@ def clipped(weight: Tensor, format: Format, importance: Tensor | None = None) ->
 
     Args:
         weight: [N, K].
-        importance: of each input [K], what its squared errors are weighed with; by default all alike.
+        importance: of each input [K], what its squared errors are weighed with, or of any two of a group, what the product
+            of their errors is, [groups, group, group]; by default all inputs count alike.
 
     Raises:
         InputError: a weight is not finite.
@@ -42,10 +43,14 @@ def _factors(weight: Tensor, format: Format, importance: Tensor | None) -> Tenso
     best = torch.ones_like(least)
     for factor in FACTORS:
         scales, zeros = scales_of(weight.float() * factor, format)
-        error = (decode(encode(weight, scales, zeros, format), scales, zeros, format) - weight).square()
-        if importance is not None:
-            error = error * importance
-        total = torch.nn.functional.pad(error, (0, -K % group)).reshape(N, -1, group).sum(-1)
+        error = decode(encode(weight, scales, zeros, format), scales, zeros, format) - weight
+        if importance is not None and importance.dim() == 1:
+            error = error * importance.sqrt()
+        errors = torch.nn.functional.pad(error, (0, -K % group)).reshape(N, -1, group)
+        if importance is not None and importance.dim() == 3:
+            total = (torch.einsum("ngi,gij->ngj", errors, importance) * errors).sum(-1)
+        else:
+            total = errors.square().sum(-1)
         best = torch.where(total < least, factor, best)
         least = torch.minimum(total, least)
     return best

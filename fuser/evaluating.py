@@ -105,12 +105,15 @@ class Trial:
         clip: bool = False,
         calibration: Prompt | None = None,
         tokens: int | None = None,
+        method: str = "gptq",
     ) -> list[Choices]:
         """How to quantize, for each format: with clipped scales, or calibrated with so many tokens of a text at most."""
         windows = None
         if calibration is not None:
             windows = windows_of(_encoded(calibration, [self._model], self._tokenizer)[:tokens], length=self._longest)
-        return [choices(name.strip(), clip="mse" if clip else None, calibration=windows) for name in formats]
+        return [
+            choices(name.strip(), clip="mse" if clip else None, calibration=windows, method=method) for name in formats
+        ]
 
     def original(self) -> Quality:
         """How the original predicts."""

@@ -2,26 +2,28 @@
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fuser.calibrating import LayerWalk, Moments, Walk, windows_of
+from fuser.calibrating import LayerWalk, Moments, Walk, matrix, windows_of
 from fuser.calibration import clipped, gptq
 from fuser.constants import Constant, Joined, Transposed
 from fuser.errors import InputError, UsageError
 from fuser.formats import Format, format_of
 from fuser.graph import FUSER, Graph, Node, Value
 from fuser.quantized import Codes, Quantized, dequantize, encode, fake_quantize, pack
+from fuser.scaling import scale_graph, scale_layer
 from fuser.tensors import tensor_of, to_constant
 
 Model = TypeVar("Model", nn.Module, Graph)
 Note = Callable[[str], None]
 # How a weight [N, K] of a name becomes codes.
 Rounding = Callable[[str, Tensor, Format], Codes]
+METHODS = ("gptq", "awq")  # of calibration
 # What leads from the last product to the logits.
 AFTER_HEAD = frozenset({"Cast", "Mul", "Div", "Add", "Tanh", "Reshape", "Identity", "Slice", "Clip", "Neg"})
 
@@ -36,7 +38,8 @@ class Choices:
             matches what is below it.
         head: whether the product that makes the logits is quantized where no override names it.
         clip: whether scales are searched that make the squared error least, in place of those that reach every weight.
-        windows: of token ids [S] to calibrate with by GPTQ; none: weights are rounded by themselves.
+        windows: of token ids [S] to calibrate with; none: weights are rounded by themselves.
+        method: of calibration, `gptq` or `awq`.
     """
 
     format: Format
@@ -44,15 +47,25 @@ class Choices:
     head: bool = False
     clip: bool = False
     windows: tuple[Tensor, ...] = ()
+    method: str = "gptq"
 
     def __str__(self) -> str:
-        way = " gptq" if self.windows else " clip" if self.clip else ""
+        way = f" {self.method}" if self.windows else " clip" if self.clip else ""
         return f"{self.format}{way}"
 
     @property
     def rounding(self) -> Rounding:
         """How weights are rounded by themselves."""
         return least_squares if self.clip else nearest
+
+    @property
+    def scales(self) -> bool:
+        """Whether input channels are scaled before weights are rounded."""
+        return bool(self.windows) and self.method == "awq"
+
+    def calibrated(self, moments: Moments) -> Rounding:
+        """How the weights of inputs like these are rounded."""
+        return by_clipping(moments) if self.method == "awq" else by_moments(moments)
 
     def of(self, path: str, *, is_head: bool) -> Format | None:
         """The format of the linear at a module's path."""
@@ -75,12 +88,12 @@ def choices(
     """
     if clip not in (None, "mse"):
         raise UsageError(f"clip is mse or None, not {clip!r}")
-    if method != "gptq":
-        raise UsageError(f"the method of calibration is gptq, not {method!r}")
+    if method not in METHODS:
+        raise UsageError(f"the method of calibration is {' or '.join(METHODS)}, not {method!r}")
     windows = () if calibration is None else windows_of(calibration, tokenizer)
     given: dict[str, Format | None] = dict.fromkeys(keep)
     given |= {glob: None if name is None else format_of(name) for glob, name in (overrides or {}).items()}
-    return Choices(format_of(format, group_size, symmetric), given, head, clip is not None, windows)
+    return Choices(format_of(format, group_size, symmetric), given, head, clip is not None, windows, method)
 
 
 def nearest(name: str, weight: Tensor, format: Format) -> Codes:
@@ -88,9 +101,9 @@ def nearest(name: str, weight: Tensor, format: Format) -> Codes:
     return Codes.of(weight, format)
 
 
-def least_squares(name: str, weight: Tensor, format: Format) -> Codes:
-    """Codes nearest to the weights by scales that make the squared error least."""
-    scales, zeros = clipped(weight, format)
+def least_squares(name: str, weight: Tensor, format: Format, importance: Tensor | None = None) -> Codes:
+    """Codes nearest to the weights by scales that make the squared error least, weighed as `clipped` says."""
+    scales, zeros = clipped(weight, format, importance)
     return Codes(pack(encode(weight, scales, zeros, format), format), scales, zeros, format, weight.shape[1])
 
 
@@ -99,6 +112,15 @@ def by_moments(moments: Moments) -> Rounding:
 
     def rounding(name: str, weight: Tensor, format: Format) -> Codes:
         return gptq(weight, moments.factor.to(weight.device), format, moments.importance.to(weight.device))
+
+    return rounding
+
+
+def by_clipping(moments: Moments) -> Rounding:
+    """Codes nearest to the weights by scales of which each makes what its group adds to a product nearest."""
+
+    def rounding(name: str, weight: Tensor, format: Format) -> Codes:
+        return least_squares(name, weight, format, moments.within(format).to(weight.device))
 
     return rounding
 
@@ -126,10 +148,10 @@ def quantize(
         rounding: how a weight becomes codes, in place of what the arguments below say.
         progress: called with the name of each weight.
         clip: `mse`: of each group, the range is cut by the factor (1, 0.99, ... 0.5) that makes its squared error least.
-        calibration: windows of token ids, ids one after another, or a text, that the model is computed on: weights make
-            good for one another what rounding changes in its products. Scales are cut then too. A module needs a list
-            of layers, and is given in evaluation mode.
-        method: of calibration: `gptq` (arXiv:2210.17323).
+        calibration: windows of token ids, ids one after another, or a text, that the model is computed on, by a method. Scales
+            are cut then too. A module needs a list of layers, and is given in evaluation mode.
+        method: of calibration: `gptq` (arXiv:2210.17323): weights make good for one another what rounding changes in products;
+            `awq` (arXiv:2306.00978): channels of inputs are scaled, where norms or products before can take that back.
         tokenizer: with `encode`, for a text.
 
     Raises:
@@ -200,38 +222,33 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.width}, out_features={len(self.codes)}, {self.format}"
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Tensor | None]]:
-    """The linears of a module: path, module, weight [N, K], bias."""
-    for path, part in module.named_modules():
-        if isinstance(part, nn.Linear):
-            yield path, part, part.weight, part.bias
-        elif type(part).__name__ == "Conv1D" and isinstance(getattr(part, "nf", None), int):  # of transformers: [K, N]
-            weight, bias = part.weight, part.bias
-            assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
-            yield path, part, weight.T, bias
-
-
 def _module(
     module: nn.Module, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note
 ) -> nn.Module:
-    embeddings: Any = getattr(module, "get_output_embeddings", None)
-    head = embeddings() if embeddings is not None else None
     shared = [*module.parameters(), *module.buffers()]
     made: nn.Module = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    embeddings: Any = getattr(made, "get_output_embeddings", None)
+    head = embeddings() if embeddings is not None else None
     walk = LayerWalk(made, chosen.windows) if chosen.windows and rounding is None else None
-    count = 0
-    for path, part, weight, bias in list(_linears(module)):
-        format = chosen.of(path, is_head=part is head)
-        if format is None:
-            continue
+    formats = {
+        path: format for path, part in made.named_modules()
+        if matrix(part) is not None and (format := chosen.of(path, is_head=part is head)) is not None
+    }  # fmt: skip
+    scaled: nn.Module | None = None
+    for path, format in formats.items():
+        note(path)
+        if walk is not None and chosen.scales and walk.enter(path) and walk.layer is not scaled:
+            scaled = walk.layer
+            scale_layer(walk, {made.get_submodule(name): wanted for name, wanted in formats.items()})
+        part: Any = made.get_submodule(path)
+        weight = matrix(part)
+        assert weight is not None
         if weight.is_meta:
             raise InputError(f"'{path}' has no elements to quantize: it is on the meta device")
-        note(path)
-        rounds = rounding or (by_moments(walk.moments(path)) if walk is not None else chosen.rounding)
+        rounds = rounding or (chosen.calibrated(walk.moments(path)) if walk is not None else chosen.rounding)
         codes = _placed(rounds(path, weight.detach().to(device or weight.device), format), weight.device)
-        made.set_submodule(path, QuantizedLinear(codes, bias, weight.dtype))
-        count += 1
-    if not count:
+        made.set_submodule(path, QuantizedLinear(codes, part.bias, weight.dtype))
+    if not formats:
         raise UsageError("nothing is quantized: the module has no linear that is not kept")
     return made.eval() if not module.training else made
 
@@ -243,6 +260,12 @@ def _placed(codes: Codes, device: torch.device) -> Codes:
 
 def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note) -> Graph:
     heads = _heads(graph)
+    if chosen.scales and rounding is None:
+        weights = {node: weight for node in graph.nodes if (weight := _weight(node)) is not None}
+        products = {
+            node: (weight, chosen.of(node.origin.module, is_head=node in heads)) for node, weight in weights.items()
+        }
+        scale_graph(graph, products, chosen.windows, device, note)
     walk = Walk(graph, chosen.windows, device) if chosen.windows and rounding is None else None
     made: dict[tuple[Any, Format], Quantized] = {}
     rounded: dict[tuple[Value, str], Value] = {}
@@ -253,7 +276,7 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: tor
         if weight is None or format is None or any(isinstance(leaf, Quantized) for leaf in weight.leaves()):
             continue
         note(node.origin.module or node.output.name)
-        rounds = rounding or (by_moments(walk.moments(node)) if walk is not None else chosen.rounding)
+        rounds = rounding or (chosen.calibrated(walk.moments(node)) if walk is not None else chosen.rounding)
 
         def codes_of(part: Constant, format: Format = format, node: Node = node, rounds: Rounding = rounds) -> Constant:
             if isinstance(part, Joined):

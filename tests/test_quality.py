@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from fuser.evaluating import Trial
 from fuser.models.train_demo import END, standard_library
 from fuser.quality import Quality
-from fuser.quantizing import choices
+from fuser.quantizing import METHODS, choices
 
 pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parents[1] / "models/demo"
@@ -26,7 +26,7 @@ FORMATS = (
     "int8:128", "int8:channel", "int4:128", "int4:64", "int4:32", "int4:128:asymmetric", "int4:64:asymmetric",
     "int4:32:asymmetric", "nf4:128", "nf4:64", "nf4:32", "w8a8", "fp8",
 )  # fmt: skip
-WAYS = ("nearest", "clip", "gptq")
+WAYS = ("nearest", "clip", *METHODS)
 HEADER = """\
 | format | rounding | weights | perplexity | mean KL | 99.9% KL | top-1 |
 |---|---|---|---|---|---|---|
@@ -57,8 +57,9 @@ def trial() -> Trial:
 
 @cache
 def measured(format: str, way: str = "nearest") -> Quality:
-    calibration = tokens()[1] if way == "gptq" else None
-    return trial().compared(choices(format, clip="mse" if way == "clip" else None, calibration=calibration))
+    if way in METHODS:
+        return trial().compared(choices(format, calibration=tokens()[1], method=way))
+    return trial().compared(choices(format, clip="mse" if way == "clip" else None))
 
 
 def kl(format: str, way: str = "nearest") -> float:
@@ -74,7 +75,7 @@ def test_int8_is_as_good_as_the_original() -> None:
 
 
 def test_clipping_is_better_than_rounding_and_calibration_better_than_clipping() -> None:
-    assert kl("int4:128", "gptq") < kl("int4:128", "clip") < kl("int4:128")
+    assert kl("int4:128", "gptq") < kl("int4:128", "awq") < kl("int4:128", "clip") < kl("int4:128")
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
