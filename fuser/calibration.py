@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fuser.errors import InputError
 from fuser.formats import Format
-from fuser.quantized import Codes, decode, encode, pack, scales_of
+from fuser.quantized import Codes, decode, doubled, encode, pack, scales_of
 
 # What a group's range is multiplied with, of which the factor with the least squared error is taken.
 FACTORS = tuple(percent / 100 for percent in range(100, 49, -1))
@@ -90,7 +90,11 @@ def gptq(weight: Tensor, factor: Tensor, format: Format, importance: Tensor | No
             left[:, k + 1 : stop] -= error * factor[k, k + 1 : stop]
             errors[:, k - start] = error[:, 0]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Codes(pack(codes, format), torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None, format, K)
+    found, held = torch.cat(scales, 1), None
+    if format.double:
+        held = doubled(found)  # codes stay: what their scales lose is little beside what they lose
+        found = held.scales()
+    return Codes(pack(codes, format), found, torch.cat(zeros, 1) if zeros else None, format, K, held)
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:

@@ -15,7 +15,7 @@ from fuser.constants import Constant, Joined, Transposed
 from fuser.errors import InputError, UsageError
 from fuser.formats import Format, format_of
 from fuser.graph import FUSER, Graph, Node, Value
-from fuser.quantized import Codes, Quantized, dequantize, encode, fake_quantize, pack
+from fuser.quantized import Codes, DoubledScales, Quantized, dequantize, fake_quantize
 from fuser.scaling import scale_graph, scale_layer
 from fuser.tensors import tensor_of, to_constant
 
@@ -103,8 +103,7 @@ def nearest(name: str, weight: Tensor, format: Format) -> Codes:
 
 def least_squares(name: str, weight: Tensor, format: Format, importance: Tensor | None = None) -> Codes:
     """Codes nearest to the weights by scales that make the squared error least, weighed as `clipped` says."""
-    scales, zeros = clipped(weight, format, importance)
-    return Codes(pack(encode(weight, scales, zeros, format), format), scales, zeros, format, weight.shape[1])
+    return Codes.by(weight, *clipped(weight, format, importance), format)
 
 
 def by_moments(moments: Moments) -> Rounding:
@@ -138,7 +137,7 @@ def quantize(
     Args:
         model: a module gives a module that shares what is not quantized; a graph gives a graph.
         format: `int8`, `int4`, `nf4`, `w8a8` (int8 weights and inputs), `fp8` (E4M3 weights and inputs); with options
-            as `int4:64`, `int8:channel`, `int4:128:asymmetric`.
+            as `int4:64`, `int8:channel`, `int4:128:asymmetric`, `nf4:64:double`.
         group_size: 32, 64 or 128 neighbours of a row that share a scale, in place of the format's own.
         symmetric: whether zero is in the middle of the codes.
         overrides: glob of a module's path -> format or None (kept), the last that matches counts.
@@ -189,19 +188,23 @@ class QuantizedLinear(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    seconds: Tensor | None
 
     def __init__(self, codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.format, self.width, self.dtype = codes.format, codes.width, dtype
         self.register_buffer("codes", codes.packed)
-        self.register_buffer("scales", codes.scales)
+        held, seconds = codes.doubled or (codes.scales, None)
+        self.register_buffer("scales", held)
         self.register_buffer("zeros", codes.zeros)
+        self.register_buffer("seconds", seconds)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
         """What the codes stand for, [N, K]."""
-        found: Tensor = dequantize(self.codes, self.scales, self.zeros, str(self.format), self.width, self.dtype)
+        held = self.codes, self.scales, self.zeros, self.seconds
+        found: Tensor = dequantize(*held, str(self.format), self.width, self.dtype)
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,9 +216,10 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Moves everything; another float type is that of the weight, and not of the scales."""
         probe = fn(torch.empty(0, dtype=self.dtype))
-        scales = self.scales
+        scales, seconds = self.scales, self.seconds
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales, self.dtype = scales.to(self.scales.device), probe.dtype
+        self.seconds = None if seconds is None else seconds.to(self.scales.device)
         return self
 
     def extra_repr(self) -> str:
@@ -246,16 +250,11 @@ def _module(
         if weight.is_meta:
             raise InputError(f"'{path}' has no elements to quantize: it is on the meta device")
         rounds = rounding or (chosen.calibrated(walk.moments(path)) if walk is not None else chosen.rounding)
-        codes = _placed(rounds(path, weight.detach().to(device or weight.device), format), weight.device)
+        codes = rounds(path, weight.detach().to(device or weight.device), format).to(weight.device)
         made.set_submodule(path, QuantizedLinear(codes, part.bias, weight.dtype))
     if not formats:
         raise UsageError("nothing is quantized: the module has no linear that is not kept")
     return made.eval() if not module.training else made
-
-
-def _placed(codes: Codes, device: torch.device) -> Codes:
-    zeros = None if codes.zeros is None else codes.zeros.to(device)
-    return Codes(codes.packed.to(device), codes.scales.to(device), zeros, codes.format, codes.width)
 
 
 def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note) -> Graph:
@@ -285,7 +284,7 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: tor
             if key not in made:
                 rows = tensor_of(part).T
                 codes = rounds(node.origin.module, rows.to(device or rows.device), format)
-                made[key] = constant_of(_placed(codes, rows.device), part)
+                made[key] = constant_of(codes.to(rows.device), part)
             return Transposed(made[key])
 
         x = node.inputs[0]
@@ -317,7 +316,8 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: tor
 def constant_of(codes: Codes, like: Constant) -> Quantized:
     """Codes as a constant that stands for a weight of the type of another."""
     zeros = None if codes.zeros is None else to_constant(codes.zeros)
-    return Quantized(to_constant(codes.packed), to_constant(codes.scales), zeros, codes.format, codes.width, like.dtype)
+    scales = to_constant(codes.scales) if codes.doubled is None else DoubledScales(*map(to_constant, codes.doubled))
+    return Quantized(to_constant(codes.packed), scales, zeros, codes.format, codes.width, like.dtype)
 
 
 def _weight(node: Node) -> Constant | None:

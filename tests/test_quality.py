@@ -24,7 +24,7 @@ TOKENS = 8193
 CALIBRATION_TOKENS = 16384
 FORMATS = (
     "int8:128", "int8:channel", "int4:128", "int4:64", "int4:32", "int4:128:asymmetric", "int4:64:asymmetric",
-    "int4:32:asymmetric", "nf4:128", "nf4:64", "nf4:32", "w8a8", "fp8",
+    "int4:32:asymmetric", "nf4:128", "nf4:64", "nf4:64:double", "nf4:32", "w8a8", "fp8",
 )  # fmt: skip
 WAYS = ("nearest", "clip", *METHODS)
 HEADER = """\

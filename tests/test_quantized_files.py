@@ -289,6 +289,17 @@ def test_the_demo_model(format: str, target: str, tmp_path: Path) -> None:
         assert np.allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_scales_of_eight_bits_are_written_as_numbers(tmp_path: Path) -> None:
+    fused = fuser.fuse(DEMO, quantize="nf4:double")
+    assert fused.report.verification.passed and fused.report.quantized == {"nf4:64:double": 35}
+    note = "scales of 35 weights in nf4:64:double written as numbers: the target has none of 8 bits"
+    assert fused.report.notes == [note]
+    fused.save(tmp_path / "q.onnx")
+    again = fuser.fuse(tmp_path / "q.onnx", verify=False)
+    assert again.report.quantized == {"nf4:64": 20}  # what is packed is one
+    assert rows_of(again.graph) == rows_of(fused.graph)
+
+
 def test_the_command_says_what_it_quantized(tmp_path: Path) -> None:
     out = tmp_path / "q.onnx"
     arguments = [
