@@ -21,6 +21,7 @@ from fuser.tensors import tensor_of, to_constant
 
 Model = TypeVar("Model", nn.Module, Graph)
 Note = Callable[[str], None]
+Record = Callable[[Tensor, Codes], None]  # is told of each weight [N, K], and what it became
 # How a weight [N, K] of a name becomes codes.
 Rounding = Callable[[str, Tensor, Format], Codes]
 METHODS = ("gptq", "awq")  # of calibration
@@ -171,12 +172,13 @@ def quantized(
     device: torch.device | str | None = None,
     rounding: Rounding | None = None,
     progress: Note | None = None,
+    record: Record | None = None,
 ) -> Model:
-    """The same, for choices that are made."""
+    """The same, for choices that are made; `record` is told of a graph's weights and their codes."""
     note = progress or (lambda name: None)
     place = None if device is None else torch.device(device)
     if isinstance(model, Graph):
-        return _graph(model.clone(), chosen, rounding, place, note)  # type: ignore[return-value]
+        return _graph(model.clone(), chosen, rounding, place, note, record)  # type: ignore[return-value]
     if isinstance(model, nn.Module):
         return _module(model, chosen, rounding, place, note)
     raise UsageError(f"quantize takes a module or a graph, not a {type(model).__name__}")
@@ -257,7 +259,14 @@ def _module(
     return made.eval() if not module.training else made
 
 
-def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note) -> Graph:
+def _graph(
+    graph: Graph,
+    chosen: Choices,
+    rounding: Rounding | None,
+    device: torch.device | None,
+    note: Note,
+    record: Record | None,
+) -> Graph:
     heads = _heads(graph)
     if chosen.scales and rounding is None:
         weights = {node: weight for node in graph.nodes if (weight := _weight(node)) is not None}
@@ -284,6 +293,8 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: tor
             if key not in made:
                 rows = tensor_of(part).T
                 codes = rounds(node.origin.module, rows.to(device or rows.device), format)
+                if record is not None:
+                    record(rows, codes)
                 made[key] = constant_of(codes.to(rows.device), part)
             return Transposed(made[key])
 
