@@ -36,7 +36,7 @@ def scales_of(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     rows = _by_group(weight.float(), format)
     zeros = None
     if format.symmetric:
-        scales = rows.abs().amax(-1) / format.most
+        scales = torch.maximum(rows.amax(-1), -rows.amin(-1)) / format.most
     else:
         low, high = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
         scales = (high - low) / (2 * format.middle - 1)
@@ -70,17 +70,17 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, format: Format)
     """The codes [N, K] nearest to a weight [N, K] by given scales, ties to even; where a scale is 0, those of zero."""
     K = weight.shape[1]
     wide = scales.float().unsqueeze(-1)
-    rows = _by_group(weight.float(), format) / torch.where(wide == 0, 1.0, wide)
-    rows = torch.where(wide == 0, 0.0, rows)
+    rows = _by_group(weight.float(), format) / torch.where(wide == 0, 1.0, wide)  # the one copy; it is worked on in place
+    rows.masked_fill_(wide == 0, 0.0)
     if format.kind == "nf4":
         levels = torch.tensor(NF4, device=weight.device)
-        codes = torch.bucketize(rows.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = torch.bucketize(rows, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     elif format.kind == "fp8":
-        codes = rows.clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = rows.clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         zero = format.middle if zeros is None else zeros.float().unsqueeze(-1)
         least = 1 if format.symmetric else 0
-        codes = (rows.round() + zero).clamp(least, 2 * format.middle - 1).to(torch.uint8)
+        codes = rows.round_().add_(zero).clamp_(least, 2 * format.middle - 1).to(torch.uint8)
     return codes.flatten(1)[:, :K]
 
 
@@ -94,8 +94,8 @@ def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, format: Format) 
         values = codes.float()
     rows = _by_group(values, format)
     if format.kind in ("int4", "int8"):
-        rows = rows - (format.middle if zeros is None else zeros.float().unsqueeze(-1))
-    return (rows * scales.float().unsqueeze(-1)).flatten(1)[:, : codes.shape[1]]
+        rows.sub_(format.middle if zeros is None else zeros.float().unsqueeze(-1))
+    return rows.mul_(scales.float().unsqueeze(-1)).flatten(1)[:, : codes.shape[1]]
 
 
 class Doubled(NamedTuple):

@@ -319,8 +319,8 @@ def test_a_file_that_is_quantized_says_what_it_costs(tmp_path: Path) -> None:
     )
     assert itself["quality"]["text"] == "the calibration itself" and itself["quality"]["tokens"] == len(trial.ids) - 1
     assert itself["weight_errors"] != report["weight_errors"]
-    plain = json.loads(fused("--quantize", "nf4", "--no-verify", "--json").stdout)
-    assert plain["quality"] is None and 0.05 < plain["weight_errors"]["nf4:64"] < 0.1
+    textless = json.loads(fused("--quantize", "nf4", "--no-verify", "--json").stdout)
+    assert textless["quality"] is None and 0.05 < textless["weight_errors"]["nf4:64"] < 0.1
 
 
 def test_texts_that_a_file_cannot_be_quantized_with(tmp_path: Path) -> None:
