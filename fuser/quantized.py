@@ -70,11 +70,13 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, format: Format)
     """The codes [N, K] nearest to a weight [N, K] by given scales, ties to even; where a scale is 0, those of zero."""
     K = weight.shape[1]
     wide = scales.float().unsqueeze(-1)
-    rows = _by_group(weight.float(), format) / torch.where(wide == 0, 1.0, wide)  # the one copy; it is worked on in place
+    rows = _by_group(weight.float(), format) / torch.where(
+        wide == 0, 1.0, wide
+    )  # the one copy; it is worked on in place
     rows.masked_fill_(wide == 0, 0.0)
     if format.kind == "nf4":
         levels = torch.tensor(NF4, device=weight.device)
-        codes = torch.bucketize(rows, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+        codes = torch.bucketize(rows.contiguous(), (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     elif format.kind == "fp8":
         codes = rows.clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
