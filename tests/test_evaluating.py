@@ -301,7 +301,7 @@ def test_a_file_that_is_quantized_says_what_it_costs(tmp_path: Path) -> None:
     rounded, errors = fuser.quantize(plain(), "int4:64", clip="mse"), []
     for path, part in rounded.named_modules():
         if isinstance(part, QuantizedLinear):
-            weight = plain().get_submodule(path).weight
+            weight = plain().get_submodule(path).weight.detach()
             errors.append(float((part.weight - weight).norm() / weight.norm()))
     assert report["weight_errors"] == {"int4:64": pytest.approx(sum(errors) / len(errors), rel=1e-4)}
     written = fuser.evaluate(out, TEXT, against=DEMO / "model.onnx", device="cpu")

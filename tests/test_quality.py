@@ -71,7 +71,7 @@ def _remembered() -> Iterator[None]:
             return original(llm, window)
         key = window.tobytes()
         if key not in known:
-            known[key] = original(llm, window)
+            known[key] = original(llm, window).clone()  # the next window takes its place
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
