@@ -144,7 +144,7 @@ def test_the_page(update_golden: bool) -> None:
     assert [*written] == [(format, way) for format in FORMATS for way in WAYS]
     if f"`{_digest()}`" not in text:
         pytest.skip("the page's numbers are of the library of another Python")
-    for format, way in (("int8:128", "nearest"), ("int4:128", "nearest"), ("int4:128", "clip"), ("nf4:64", "nearest")):
+    for format, way in (("int8:128", "nearest"), *(("int4:128", way) for way in WAYS), ("nf4:64:double", "nearest")):
         found = measured(format, way)
         weights, *numbers = written[format, way]
         assert weights == _kilobytes(found)
