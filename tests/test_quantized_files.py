@@ -320,7 +320,8 @@ def test_the_command_says_what_it_quantized(tmp_path: Path) -> None:
     report = json.loads(found.stdout)
     assert report["quantized"] == {"int4:64": 25, "int8:channel": 5}
     assert report["weights_bytes"]["after"] < report["weights_bytes"]["before"]
-    assert "25 in int4:64, 5 in int8:channel" in found.stderr
+    off = report["weight_errors"]
+    assert f"25 in int4:64 (off by {off['int4:64']:.2%}), 5 in int8:channel (off by " in found.stderr
     for wrong in (["--quantize", "int3"], ["--keep", "x"], ["--quantize", "int4", "--override", "x"]):
         refused = CliRunner().invoke(app, [str(DEMO), *wrong])
         assert refused.exit_code == 2 and len(refused.stderr.splitlines()) == 1
