@@ -1,6 +1,6 @@
 """What a product takes into its kernel: the norm before it, and bias, activation, gate, residual, cache write after it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fuser.codegen.arrangement import Tokens, arrangement, keeps_rows
 from fuser.codegen.kernel import ACTIVATIONS, power_of_two
@@ -182,7 +182,8 @@ def quantized_of(weight: Constant) -> Format | None:
     format = next(iter(formats)) if len(formats) == 1 else None
     if format is None or format.activations or format.kind not in ("int4", "int8", "nf4"):
         return None
-    return format if len({part.scales.dtype for part in parts}) == 1 else None
+    same = len({part.scales.dtype for part in parts}) == 1
+    return replace(format, double=False) if same else None  # scales come decoded
 
 
 def rounded_of(weight: Constant) -> Format | None:

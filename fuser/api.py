@@ -140,6 +140,10 @@ def fuse(
     keep: Sequence[str] = (),
     head: bool = False,
     accuracy_level: int | None = None,
+    clip: str | None = None,
+    calibration: Any = None,
+    method: str = "gptq",
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> FusedModel:
     """Fuses a transformer exported to ONNX, its weights quantized first where that is asked for.
@@ -154,6 +158,7 @@ def fuse(
         accuracy_level: of the file's MatMulNBits, 0 to 4; by default the source's own, or 0. From 2 on ONNX Runtime may round
             their inputs (4: to eight bits), which is faster on CPUs, and which the comparison leaves out.
         overrides, keep, head: which weights take another format or none, as of `fuser.quantize`.
+        clip, calibration, method, tokenizer: how weights are rounded, as of `fuser.quantize`.
         progress: called with the name of each stage as it begins.
 
     Raises:
@@ -163,9 +168,16 @@ def fuse(
     """
     path = _path(model)
     report, note = _report(path, target), progress or (lambda stage: None)
-    chosen = None if quantize is None else choices(quantize, overrides=overrides, keep=keep, head=head)
-    if chosen is None and (overrides or keep or head):
-        raise UsageError("overrides, keep and head say which weights are quantized: give quantize, a format, as well")
+    chosen = None
+    if quantize is not None:
+        chosen = choices(
+            quantize, overrides=overrides, keep=keep, head=head, clip=clip, calibration=calibration, method=method,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+    elif overrides or keep or head or clip or calibration is not None:
+        raise UsageError(
+            "overrides, keep, head, clip and calibration say how weights are quantized: give quantize, a format, as well"
+        )
     if accuracy_level not in (None, *range(5)):
         raise UsageError(f"an accuracy level is 0 to 4, not {accuracy_level}")
     made = _rewritten(model, dims, verify, report, note, chosen)

@@ -6,6 +6,7 @@ one layer after another is. Graphs are computed in float32, modules in their own
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fuser.calibration import inverse_factor
 from fuser.errors import UnsupportedOperator, UsageError
 from fuser.evaluation import evaluate
+from fuser.formats import Format
 from fuser.graph import Graph, Node, Value
 from fuser.padded import prompt
 from fuser.runtime.executor import device_of
@@ -28,12 +30,16 @@ class Moments:
 
     def __init__(self, K: int, device: torch.device) -> None:
         self.sum = torch.zeros(K, K, dtype=torch.float64, device=device)
+        self._magnitudes = torch.zeros(K, dtype=torch.float64, device=device)
+        self._tokens = 0
         self._factor: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Inputs [.., K]."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.sum += rows.T @ rows
+        self._magnitudes += rows.abs().sum(0)
+        self._tokens += len(rows)
 
     @property
     def factor(self) -> Tensor:
@@ -45,6 +51,19 @@ class Moments:
     def importance(self) -> Tensor:
         """Of each input [K]: its mean square, but for a number that all have."""
         return self.sum.diagonal().float()
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Of each input [K]: the mean of its absolute value."""
+        return (self._magnitudes / max(self._tokens, 1)).float()
+
+    def within(self, format: Format) -> Tensor:
+        """The second moments of the inputs of each group [groups, group, group]; of groups of whole rows, `importance`."""
+        K, group = len(self.sum), format.grouped(len(self.sum))
+        if format.group is None:
+            return self.importance
+        padded = torch.nn.functional.pad(self.sum, (0, -K % group, 0, -K % group))
+        return padded.view(-1, group, len(padded) // group, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).float()
 
 
 class Walk:
@@ -146,6 +165,15 @@ def _sizes(inputs: dict[Value, Tensor]) -> dict[sympy.Symbol, int]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What linears of a layer are given, the same tensor; maker: the module that made it; None: it is computed otherwise."""
+
+    moments: Moments
+    readers: list[nn.Module]
+    maker: nn.Module | None
+
+
 class LayerWalk:
     """A module whose layers are computed on windows of tokens, one after another, while their linears are being replaced."""
 
@@ -202,15 +230,64 @@ class LayerWalk:
     def moments(self, path: str) -> Moments:
         """Of a linear's inputs; linears are asked for layer by layer."""
         part = self._module.get_submodule(path)
-        below = path.removeprefix(f"{self._stack}.") if path.startswith(f"{self._stack}.") else None
-        if below is not None:
-            while self._current < int(below.split(".")[0]):
-                self._hidden = [self._layer(i) for i in range(len(self._windows))]
-                self._current += 1
-                self._shared = {}
+        is_inside = self.enter(path)
         if part not in self._shared:
-            self._shared = self._gathered(part, is_inside=below is not None)
+            self._shared = self._gathered(part, is_inside=is_inside)
         return self._shared[part]
+
+    def enter(self, path: str) -> bool:
+        """Goes on to the layer that holds a module; whether there is one."""
+        if not path.startswith(f"{self._stack}."):
+            return False
+        while self._current < int(path.removeprefix(f"{self._stack}.").split(".")[0]):
+            self._hidden = [self._layer(i) for i in range(len(self._windows))]
+            self._current += 1
+            self._shared = {}
+        return True
+
+    @property
+    def layer(self) -> nn.Module:
+        """The one that comes next."""
+        found: nn.Module = self._layers[self._current]
+        return found
+
+    def output(self) -> Tensor:
+        """What the layer makes of the first window."""
+        return self._layer(0)
+
+    def inputs(self) -> list[Given]:
+        """Of the layer's linears, in the order in which they are computed; those of one input together."""
+        found: dict[nn.Module, Given] = {}
+        given: list[tuple[Tensor, Given]] = []  # of one window; held, so that no other tensor takes their place
+        made: list[tuple[Tensor, nn.Module]] = []
+
+        def before(part: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            one = next((one for held, one in given if held is x), None)
+            if one is None:
+                maker = next((maker for held, maker in made if held is x), None)
+                one = found.get(part) or Given(Moments(x.shape[-1], x.device), [], maker)
+                one.moments.add(x)
+                given.append((x, one))
+            if part not in found:
+                found[part] = one
+                one.readers.append(part)
+
+        def after(part: nn.Module, args: Any, output: Any) -> None:
+            made.append((output, part))
+
+        leaves = [part for part in self.layer.modules() if not [*part.children()]]
+        hooks = [part.register_forward_pre_hook(before) for part in leaves if matrix(part) is not None]
+        hooks += [part.register_forward_hook(after) for part in leaves]
+        try:
+            for i in range(len(self._windows)):
+                given.clear()
+                made.clear()
+                self._layer(i)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return list(dict.fromkeys(found.values()))
 
     def _gathered(self, part: nn.Module, *, is_inside: bool) -> dict[nn.Module, Moments]:
         """The moments of a linear's inputs, and the others that were given the very same."""
@@ -251,7 +328,16 @@ class LayerWalk:
     @torch.no_grad()
     def _layer(self, window: int) -> Tensor:
         args, kwargs = self._beside[window][self._current]
-        return _hidden(self._layers[self._current](self._hidden[window], *args, **kwargs))
+        return _hidden(self.layer(self._hidden[window], *args, **kwargs))
+
+
+def matrix(part: nn.Module) -> Tensor | None:
+    """The weight [N, K] of a linear; None of other modules."""
+    if isinstance(part, nn.Linear):
+        return part.weight
+    weight = getattr(part, "weight", None)
+    is_conv = type(part).__name__ == "Conv1D" and isinstance(getattr(part, "nf", None), int)  # of transformers: [K, N]
+    return weight.T if is_conv and isinstance(weight, Tensor) else None
 
 
 def _hidden(made: Any) -> Tensor:

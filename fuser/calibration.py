@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fuser.errors import InputError
 from fuser.formats import Format
-from fuser.quantized import Codes, decode, encode, pack, scales_of
+from fuser.quantized import Codes, decode, doubled, encode, pack, scales_of
 
 # What a group's range is multiplied with, of which the factor with the least squared error is taken.
 FACTORS = tuple(percent / 100 for percent in range(100, 49, -1))
@@ -22,7 +22,8 @@ def clipped(weight: Tensor, format: Format, importance: Tensor | None = None) ->
 
     Args:
         weight: [N, K].
-        importance: of each input [K], what its squared errors are weighed with; by default all alike.
+        importance: of each input [K], what its squared errors are weighed with, or of any two of a group, what the product
+            of their errors is, [groups, group, group]; by default all inputs count alike.
 
     Raises:
         InputError: a weight is not finite.
@@ -42,10 +43,14 @@ def _factors(weight: Tensor, format: Format, importance: Tensor | None) -> Tenso
     best = torch.ones_like(least)
     for factor in FACTORS:
         scales, zeros = scales_of(weight.float() * factor, format)
-        error = (decode(encode(weight, scales, zeros, format), scales, zeros, format) - weight).square()
-        if importance is not None:
-            error = error * importance
-        total = torch.nn.functional.pad(error, (0, -K % group)).reshape(N, -1, group).sum(-1)
+        error = decode(encode(weight, scales, zeros, format), scales, zeros, format) - weight
+        if importance is not None and importance.dim() == 1:
+            error = error * importance.sqrt()
+        errors = torch.nn.functional.pad(error, (0, -K % group)).reshape(N, -1, group)
+        if importance is not None and importance.dim() == 3:
+            total = (torch.einsum("ngi,gij->ngj", errors, importance) * errors).sum(-1)
+        else:
+            total = errors.square().sum(-1)
         best = torch.where(total < least, factor, best)
         least = torch.minimum(total, least)
     return best
@@ -85,7 +90,11 @@ def gptq(weight: Tensor, factor: Tensor, format: Format, importance: Tensor | No
             left[:, k + 1 : stop] -= error * factor[k, k + 1 : stop]
             errors[:, k - start] = error[:, 0]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Codes(pack(codes, format), torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None, format, K)
+    found, held = torch.cat(scales, 1), None
+    if format.double:
+        held = doubled(found)  # codes stay: what their scales lose is little beside what they lose
+        found = held.scales()
+    return Codes(pack(codes, format), found, torch.cat(zeros, 1) if zeros else None, format, K, held)
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuser.api import FusedModel
 from fuser.calibrating import windows_of
 from fuser.errors import InputError, UsageError
 from fuser.formats import Format
 from fuser.graph import Graph
 from fuser.llm import LLM, Prompt
 from fuser.pipeline import Progress
-from fuser.quality import Measurement, Quality
+from fuser.quality import Measured, Measurement, Quality
 from fuser.quantizing import Choices, choices
 from fuser.report import size
 from fuser.runtime.engine import Ints, Step
-from fuser.sources import Source, source_of
+from fuser.sources import Source, source_of, tokenizer_of
+from fuser.verification import too_large
 
+MEASURED = 4096  # tokens that a report's quality is measured on, at most
 CONTEXT = 2048  # tokens of a window, where the model and the text have so many
 
 
@@ -105,12 +108,15 @@ class Trial:
         clip: bool = False,
         calibration: Prompt | None = None,
         tokens: int | None = None,
+        method: str = "gptq",
     ) -> list[Choices]:
         """How to quantize, for each format: with clipped scales, or calibrated with so many tokens of a text at most."""
         windows = None
         if calibration is not None:
             windows = windows_of(_encoded(calibration, [self._model], self._tokenizer)[:tokens], length=self._longest)
-        return [choices(name.strip(), clip="mse" if clip else None, calibration=windows) for name in formats]
+        return [
+            choices(name.strip(), clip="mse" if clip else None, calibration=windows, method=method) for name in formats
+        ]
 
     def original(self) -> Quality:
         """How the original predicts."""
@@ -145,6 +151,50 @@ class Trial:
                 raise UsageError(f"the model has {logits.shape[1]} tokens, the original has {wanted.shape[1]}")
             measurement.add(targets, logits, wanted)
         return measurement.quality(weights_bytes)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens that a file is calibrated with, if any, and that its quality is measured on; what those are, for people."""
+
+    calibration: list[int] | None
+    measured: list[int]
+    told: str
+
+
+def texts(
+    folder: Path, *, calibrate: Path | None, text: Path | None, tokenizer: Path | None, tokens: int
+) -> Texts:  # fmt: skip
+    """What files of text come to; without a text to measure on, it is what of the other is left, or that one itself.
+
+    Args:
+        folder: where a tokenizer is, if none is given.
+        tokens: to calibrate with, at most.
+
+    Raises:
+        InputError: a file or the tokenizer cannot be read.
+        UsageError: there is no tokenizer.
+    """
+    cuts = tokenizer_of(folder, tokenizer)
+    if cuts is None:
+        raise UsageError(f"a text needs a tokenizer, and '{folder}' has none: give --tokenizer DIR")
+    given, asked = ([*cuts.encode(read(file))] if file is not None else [] for file in (calibrate, text))
+    calibration = given[:tokens]
+    measured, told = asked, f"'{text}'"
+    if text is None:
+        left = given[tokens:]
+        measured, told = (left, "what follows the calibration") if len(left) > 1 else (given, "the calibration itself")
+    return Texts(calibration if calibrate is not None else None, measured[:MEASURED], told)
+
+
+def measured(fused: FusedModel, model: Path, found: Texts, progress: Progress | None = None) -> Measured | None:
+    """What quantizing costs a file that was fused, beside the file it came from; None: it is too large to run here."""
+    if reason := too_large(fused.report.weights_bytes_before):
+        fused.report.notes.append(f"quality was not measured: {reason.split(';')[0]}; fuse eval measures it")
+        return None
+    original = source_of(model, verify=False, note=progress or (lambda stage: None))
+    trial = Trial(replace(original, graph=fused.graph), found.measured, against=original, progress=progress)
+    return Measured(found.told, trial.original(), trial.compared())
 
 
 def _encoded(text: Prompt, sources: Sequence[Source], given: Any) -> Ints:

@@ -29,12 +29,14 @@ class Format:
         symmetric: whether the zero is in the middle: scale = max|w| / 127 (or 7). Otherwise each group has a zero of its own,
             scale = (max - min) / 255 (or 15).
         activations: what inputs are rounded to, token by token, scale = max|x| / 127 (E4M3: 448); None: they are as they are.
+        double: whether scales are eight bits each (`fuser.quantized.doubled`); of nf4.
     """
 
     kind: str
     group: int | None = None
     symmetric: bool = True
     activations: str | None = None
+    double: bool = False
 
     @property
     def bits(self) -> int:
@@ -66,7 +68,8 @@ class Format:
     def __str__(self) -> str:
         if self.activations:
             return "w8a8" if self.kind == "int8" else self.kind
-        return f"{self.kind}:{self.group or 'channel'}{'' if self.symmetric else ':asymmetric'}"
+        options = [str(self.group or "channel"), *["asymmetric"] * (not self.symmetric), *["double"] * self.double]
+        return ":".join([self.kind, *options])
 
 
 KNOWN = {
@@ -79,7 +82,7 @@ KNOWN = {
 
 
 def format_of(text: "str | Format", group_size: int | None = None, symmetric: bool | None = None) -> Format:
-    """The format that a text names: `int4`, `int4:64`, `int8:channel`, `int4:128:asymmetric`, `nf4`, `w8a8`, `fp8`.
+    """The format that a text names: `int4`, `int8:channel`, `int4:128:asymmetric`, `nf4:64:double`, `w8a8`, `fp8`, ...
 
     Args:
         group_size: in place of the one that the text says, or of the default.
@@ -99,10 +102,13 @@ def format_of(text: "str | Format", group_size: int | None = None, symmetric: bo
             found = replace(found, group=None)
         elif option in ("asymmetric", "symmetric"):
             found = replace(found, symmetric=option == "symmetric")
+        elif option == "double":
+            found = replace(found, double=True)
         elif option.isdecimal():
             found = replace(found, group=int(option))
         else:
-            raise UsageError(f"quantization {text!r}: an option is a group size, channel or asymmetric, not {option!r}")
+            wanted = "a group size, channel, asymmetric or double"
+            raise UsageError(f"quantization {text!r}: an option is {wanted}, not {option!r}")
     if group_size is not None:
         found = replace(found, group=group_size)
     if symmetric is not None:
@@ -113,4 +119,6 @@ def format_of(text: "str | Format", group_size: int | None = None, symmetric: bo
         raise UsageError(f"quantization {text!r}: with quantized inputs a weight has one scale a channel, and no zero")
     if found.kind == "nf4" and not found.symmetric:
         raise UsageError(f"quantization {text!r}: nf4 has no zeros")
+    if found.double and found.kind != "nf4":
+        raise UsageError(f"quantization {text!r}: only nf4 has scales of eight bits")
     return found

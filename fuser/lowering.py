@@ -16,7 +16,7 @@ from fuser.fused import REGISTRY, FusedOp, Lowering
 from fuser.graph import FUSER, MICROSOFT, Graph, Node, Origin, Value
 from fuser.onnx_nodes import Reference, node_proto
 from fuser.onnx_weights import holds_codes
-from fuser.products import Say, dequantized, opset_of, product
+from fuser.products import Say, dequantized, opset_of, product, tell_of_scales
 from fuser.shapes import infer_node
 from fuser.spelling import PARAMETERS, Spelling
 
@@ -148,6 +148,7 @@ def lower(graph: Graph, target: str, say: Say = _silent) -> list[onnx.FunctionPr
     if target not in TARGETS:
         raise UsageError(f"there is no target '{target}'; targets are {', '.join(TARGETS)}")
     _raise_opset(graph, target)
+    tell_of_scales(graph, target, say)
     functions = _Functions(graph.opset) if target == "functions" else None
     shared: dict[Any, Any] = {}
     # Backwards: a node that is lowered sees the fused nodes it reads, and may take them over.

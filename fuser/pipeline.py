@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from fuser import explanation, patterns
 from fuser.canonicalize import canonicalize
@@ -13,7 +14,7 @@ from fuser.constants import Outline
 from fuser.errors import VerificationError
 from fuser.graph import Graph
 from fuser.layers import Step
-from fuser.quantized import Quantized
+from fuser.quantized import Codes, Quantized
 from fuser.quantizing import Choices, quantized
 from fuser.report import Report
 from fuser.rewriting import rewrite
@@ -55,8 +56,19 @@ def quantization(
     graph: Graph, choices: Choices, report: Report, note: Progress, device: torch.device | None = None
 ) -> Graph:
     """A canonical graph with its weights quantized, one after another, on a device or where they are."""
+    errors: dict[str, list[float]] = {}
+
+    def record(weight: Tensor, codes: Codes) -> None:
+        wide = weight.float()
+        error, norm = (codes.weight.to(wide.device) - wide).norm(), wide.norm()
+        errors.setdefault(str(codes.format), []).append(float(error / norm) if norm else 0.0)
+
     with stage(report, "quantize", note):
-        return quantized(graph, choices, device=device, progress=lambda name: note(f"quantize {name}"))
+        made = quantized(
+            graph, choices, device=device, progress=lambda name: note(f"quantize {name}"), record=record
+        )  # fmt: skip
+    report.weight_errors = {format: sum(found) / len(found) for format, found in errors.items()}
+    return made
 
 
 def rewritten(graph: Graph, before: list[Step], report: Report, note: Progress, *, verify: bool) -> None:

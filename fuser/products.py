@@ -1,5 +1,6 @@
 """Products with quantized weights, as a target runs them: by their codes where it can, else with the weight made anew."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,17 @@ def _rows_as_codes(op: Any, x: Value) -> tuple[Value, Value]:
     scale = op.Where(op.Greater(most, op.Constant(value_float=0.0)), op.Div(most, op.Constant(value_float=127.0)), one)
     codes = op.Cast(op.Add(op.Round(op.Div(wide, scale)), op.Constant(value_float=128.0)), to=DType.UINT8.onnx)
     return codes, scale
+
+
+def tell_of_scales(graph: Graph, target: str, say: Say) -> None:
+    """Says which weights lose the eight bits of their scales: `ort` has codes for them, and scales in floating point."""
+    constants = [value.constant for value in graph.constants() if value.constant is not None]
+    leaves = {id(leaf): leaf for constant in constants for leaf in constant.leaves()}
+    counts = Counter(str(leaf.format) for leaf in leaves.values() if isinstance(leaf, Quantized) and leaf.format.double)
+    for format, count in counts.items() if target == "ort" else ():
+        say(
+            f"scales of {count} weight{'s' if count > 1 else ''} in {format} written as numbers: the target has none of 8 bits"
+        )
 
 
 def opset_of(graph: Graph, target: str) -> int:

@@ -1,6 +1,8 @@
 """How well a model predicts a text, and how near its predictions are to another's: numbers from logits, in float64."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,30 @@ class Quality:
     kl_mean: float | None = None
     kl_p999: float | None = None
     top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a quantized model predicts beside its original, and on which text."""
+
+    text: str
+    original: Quality
+    quantized: Quality
+
+    def to_json(self) -> dict[str, Any]:
+        """As reports hold it; a number that is not finite is none."""
+        plain: dict[str, Any] = {"text": self.text, "original_perplexity": self.original.perplexity}
+        plain |= {name: value for name, value in asdict(self.quantized).items() if name != "weights_bytes"}
+        return {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in plain.items()
+        }
+
+    def __str__(self) -> str:
+        found = self.quantized
+        return (
+            f"perplexity {found.perplexity:.3f} (original {self.original.perplexity:.3f}), mean KL {found.kl_mean:.2e}, "
+            f"99.9% KL {found.kl_p999:.2e}, top-1 {found.top1:.2%} of {found.tokens} tokens ({self.text})"
+        )
 
 
 class Measurement:

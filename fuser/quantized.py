@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from fuser.constants import Constant
 from fuser.dtypes import DType
 from fuser.errors import InputError
 from fuser.formats import FP8_MOST, NF4, Format, format_of
-from fuser.tensors import tensor_of, to_array
+from fuser.tensors import tensor_of, to_array, to_tensor
 
 SMALLEST = 2.0**-17  # a scale below is kept as bfloat16: of float16 it would have fewer than 7 bits
+
+BLOCK = 256  # scales of eight bits that share a scale
 
 
 def scales_of(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
@@ -33,7 +36,7 @@ def scales_of(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     rows = _by_group(weight.float(), format)
     zeros = None
     if format.symmetric:
-        scales = rows.abs().amax(-1) / format.most
+        scales = torch.maximum(rows.amax(-1), -rows.amin(-1)) / format.most
     else:
         low, high = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
         scales = (high - low) / (2 * format.middle - 1)
@@ -67,17 +70,19 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, format: Format)
     """The codes [N, K] nearest to a weight [N, K] by given scales, ties to even; where a scale is 0, those of zero."""
     K = weight.shape[1]
     wide = scales.float().unsqueeze(-1)
-    rows = _by_group(weight.float(), format) / torch.where(wide == 0, 1.0, wide)
-    rows = torch.where(wide == 0, 0.0, rows)
+    rows = _by_group(weight.float(), format) / torch.where(
+        wide == 0, 1.0, wide
+    )  # the one copy; it is worked on in place
+    rows.masked_fill_(wide == 0, 0.0)
     if format.kind == "nf4":
         levels = torch.tensor(NF4, device=weight.device)
-        codes = torch.bucketize(rows.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = torch.bucketize(rows.contiguous(), (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     elif format.kind == "fp8":
-        codes = rows.clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = rows.clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         zero = format.middle if zeros is None else zeros.float().unsqueeze(-1)
         least = 1 if format.symmetric else 0
-        codes = (rows.round() + zero).clamp(least, 2 * format.middle - 1).to(torch.uint8)
+        codes = rows.round_().add_(zero).clamp_(least, 2 * format.middle - 1).to(torch.uint8)
     return codes.flatten(1)[:, :K]
 
 
@@ -91,8 +96,70 @@ def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, format: Format) 
         values = codes.float()
     rows = _by_group(values, format)
     if format.kind in ("int4", "int8"):
-        rows = rows - (format.middle if zeros is None else zeros.float().unsqueeze(-1))
-    return (rows * scales.float().unsqueeze(-1)).flatten(1)[:, : codes.shape[1]]
+        rows.sub_(format.middle if zeros is None else zeros.float().unsqueeze(-1))
+    return rows.mul_(scales.float().unsqueeze(-1)).flatten(1)[:, : codes.shape[1]]
+
+
+class Doubled(NamedTuple):
+    """Scales in eight bits each (QLoRA, arXiv:2305.14314): mean + (code - 128) * the scale of 256 neighbours, row after row.
+
+    codes: uint8 [N, groups]; seconds: float32 [1 + blocks], the mean of all scales, and the scale of each block.
+    """
+
+    codes: Tensor
+    seconds: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the scales that they stand for: float16 where it has enough of the mean's bits, and holds the largest."""
+        mean, *seconds = self.seconds.tolist()
+        fits = mean == 0 or (mean >= SMALLEST and mean + 127 * max(seconds) <= torch.finfo(torch.float16).max)
+        return torch.float16 if fits else torch.bfloat16
+
+    def scales(self, start: int = 0) -> Tensor:
+        """[N, groups], of which none is negative; `start`: scales in rows before the first of these codes."""
+        flat = self.codes.flatten().float() - 128
+        block = (torch.arange(len(flat), device=flat.device) + start) // BLOCK
+        wide = self.seconds[0] + flat * self.seconds[1:][block]
+        return wide.clamp(min=0).view(self.codes.shape).to(self.dtype)
+
+
+def doubled(scales: Tensor) -> Doubled:
+    """Scales [N, groups] in eight bits each."""
+    flat = scales.float().flatten()
+    mean = flat.mean()
+    blocks = torch.nn.functional.pad(flat - mean, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    seconds = blocks.abs().amax(1) / 127
+    codes = (blocks / torch.where(seconds == 0, 1.0, seconds)[:, None]).round() + 128
+    return Doubled(codes.flatten()[: len(flat)].view(scales.shape).to(torch.uint8), torch.cat([mean[None], seconds]))
+
+
+@dataclass(eq=False)
+class DoubledScales(Constant):
+    """Scales [N, groups] held as `Doubled` holds them; to those who read elements they are the scales."""
+
+    codes: Constant
+    seconds: Constant
+
+    def __post_init__(self) -> None:
+        blocks = -(-self.codes.size // BLOCK)
+        if self.seconds.shape != (1 + blocks,):
+            raise InputError(f"scales of eight bits: seconds must be {[1 + blocks]}, got {[*self.seconds.shape]}")
+        self.shape = self.codes.shape
+        held = Doubled(torch.empty(0), tensor_of(self.seconds)).dtype if self.seconds.is_known else torch.float16
+        self.dtype = DType(str(held).removeprefix("torch."))
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.codes.stored_bytes + self.seconds.stored_bytes
+
+    @property
+    def is_known(self) -> bool:
+        return self.codes.is_known and self.seconds.is_known
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        held = Doubled(to_tensor(self.codes.rows(start, stop)), tensor_of(self.seconds).cpu())
+        return to_array(held.scales(start * self.shape[1]))
 
 
 def pack(codes: Tensor, format: Format) -> Tensor:
@@ -165,13 +232,14 @@ class Quantized(Constant):
 
 @dataclass(frozen=True)
 class Codes:
-    """The tensors of a quantized weight: codes packed, scales, zeros."""
+    """The tensors of a quantized weight: codes packed, scales, zeros; what the scales are kept as, where that is eight bits."""
 
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
     format: Format
     width: int
+    doubled: Doubled | None = None
 
     @classmethod
     def of(cls, weight: Tensor, format: Format) -> "Codes":
@@ -180,8 +248,21 @@ class Codes:
         Raises:
             InputError: a weight is not finite.
         """
-        scales, zeros = scales_of(weight, format)
-        return cls(pack(encode(weight, scales, zeros, format), format), scales, zeros, format, weight.shape[1])
+        return cls.by(weight, *scales_of(weight, format), format)
+
+    @classmethod
+    def by(cls, weight: Tensor, scales: Tensor, zeros: Tensor | None, format: Format) -> "Codes":
+        """A weight [N, K] rounded to the nearest codes by given scales, as the format keeps these."""
+        held = doubled(scales) if format.double else None
+        scales = scales if held is None else held.scales()
+        packed = pack(encode(weight, scales, zeros, format), format)
+        return cls(packed, scales, zeros, format, weight.shape[1], held)
+
+    def to(self, device: torch.device) -> "Codes":
+        """On a device."""
+        held = None if self.doubled is None else Doubled(*(part.to(device) for part in self.doubled))
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return Codes(self.packed.to(device), self.scales.to(device), zeros, self.format, self.width, held)
 
     @cached_property
     def codes(self) -> Tensor:
@@ -240,14 +321,29 @@ def quantize_activations(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fuser::dequantize", mutates_args=())
 def dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, format: str, width: int, dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    seconds: Tensor | None,
+    format: str,
+    width: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, width] of codes, in `dtype`: what a quantized linear calls, and importers read as a `Quantized`."""
+    scales = scales if seconds is None else Doubled(scales, seconds).scales()
     return Codes(codes, scales, zeros, format_of(format), width).weight.to(dtype)
 
 
 @dequantize.register_fake
-def _(codes: Tensor, scales: Tensor, zeros: Tensor | None, format: str, width: int, dtype: torch.dtype) -> Tensor:
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    seconds: Tensor | None,
+    format: str,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return codes.new_empty((codes.shape[0], width), dtype=dtype)
 
 

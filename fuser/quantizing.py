@@ -2,26 +2,29 @@
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fuser.calibrating import LayerWalk, Moments, Walk, windows_of
+from fuser.calibrating import LayerWalk, Moments, Walk, matrix, windows_of
 from fuser.calibration import clipped, gptq
 from fuser.constants import Constant, Joined, Transposed
 from fuser.errors import InputError, UsageError
 from fuser.formats import Format, format_of
 from fuser.graph import FUSER, Graph, Node, Value
-from fuser.quantized import Codes, Quantized, dequantize, encode, fake_quantize, pack
+from fuser.quantized import Codes, DoubledScales, Quantized, dequantize, fake_quantize
+from fuser.scaling import scale_graph, scale_layer
 from fuser.tensors import Held, tensor_of, to_constant
 
 Model = TypeVar("Model", nn.Module, Graph)
 Note = Callable[[str], None]
+Record = Callable[[Tensor, Codes], None]  # is told of each weight [N, K], and what it became
 # How a weight [N, K] of a name becomes codes.
 Rounding = Callable[[str, Tensor, Format], Codes]
+METHODS = ("gptq", "awq")  # of calibration
 # What leads from the last product to the logits.
 AFTER_HEAD = frozenset({"Cast", "Mul", "Div", "Add", "Tanh", "Reshape", "Identity", "Slice", "Clip", "Neg"})
 
@@ -36,7 +39,8 @@ class Choices:
             matches what is below it.
         head: whether the product that makes the logits is quantized where no override names it.
         clip: whether scales are searched that make the squared error least, in place of those that reach every weight.
-        windows: of token ids [S] to calibrate with by GPTQ; none: weights are rounded by themselves.
+        windows: of token ids [S] to calibrate with; none: weights are rounded by themselves.
+        method: of calibration, `gptq` or `awq`.
     """
 
     format: Format
@@ -44,15 +48,25 @@ class Choices:
     head: bool = False
     clip: bool = False
     windows: tuple[Tensor, ...] = ()
+    method: str = "gptq"
 
     def __str__(self) -> str:
-        way = " gptq" if self.windows else " clip" if self.clip else ""
+        way = f" {self.method}" if self.windows else " clip" if self.clip else ""
         return f"{self.format}{way}"
 
     @property
     def rounding(self) -> Rounding:
         """How weights are rounded by themselves."""
         return least_squares if self.clip else nearest
+
+    @property
+    def scales(self) -> bool:
+        """Whether input channels are scaled before weights are rounded."""
+        return bool(self.windows) and self.method == "awq"
+
+    def calibrated(self, moments: Moments) -> Rounding:
+        """How the weights of inputs like these are rounded."""
+        return by_clipping(moments) if self.method == "awq" else by_moments(moments)
 
     def of(self, path: str, *, is_head: bool) -> Format | None:
         """The format of the linear at a module's path."""
@@ -75,12 +89,12 @@ def choices(
     """
     if clip not in (None, "mse"):
         raise UsageError(f"clip is mse or None, not {clip!r}")
-    if method != "gptq":
-        raise UsageError(f"the method of calibration is gptq, not {method!r}")
+    if method not in METHODS:
+        raise UsageError(f"the method of calibration is {' or '.join(METHODS)}, not {method!r}")
     windows = () if calibration is None else windows_of(calibration, tokenizer)
     given: dict[str, Format | None] = dict.fromkeys(keep)
     given |= {glob: None if name is None else format_of(name) for glob, name in (overrides or {}).items()}
-    return Choices(format_of(format, group_size, symmetric), given, head, clip is not None, windows)
+    return Choices(format_of(format, group_size, symmetric), given, head, clip is not None, windows, method)
 
 
 def nearest(name: str, weight: Tensor, format: Format) -> Codes:
@@ -98,10 +112,9 @@ def unfilled(name: str, weight: Tensor, format: Format) -> Codes:
     return Codes(rows(row.packed), rows(row.scales), None if row.zeros is None else rows(row.zeros), format, row.width)
 
 
-def least_squares(name: str, weight: Tensor, format: Format) -> Codes:
-    """Codes nearest to the weights by scales that make the squared error least."""
-    scales, zeros = clipped(weight, format)
-    return Codes(pack(encode(weight, scales, zeros, format), format), scales, zeros, format, weight.shape[1])
+def least_squares(name: str, weight: Tensor, format: Format, importance: Tensor | None = None) -> Codes:
+    """Codes nearest to the weights by scales that make the squared error least, weighed as `clipped` says."""
+    return Codes.by(weight, *clipped(weight, format, importance), format)
 
 
 def by_moments(moments: Moments) -> Rounding:
@@ -109,6 +122,15 @@ def by_moments(moments: Moments) -> Rounding:
 
     def rounding(name: str, weight: Tensor, format: Format) -> Codes:
         return gptq(weight, moments.factor.to(weight.device), format, moments.importance.to(weight.device))
+
+    return rounding
+
+
+def by_clipping(moments: Moments) -> Rounding:
+    """Codes nearest to the weights by scales of which each makes what its group adds to a product nearest."""
+
+    def rounding(name: str, weight: Tensor, format: Format) -> Codes:
+        return least_squares(name, weight, format, moments.within(format).to(weight.device))
 
     return rounding
 
@@ -126,7 +148,7 @@ def quantize(
     Args:
         model: a module gives a module that shares what is not quantized; a graph gives a graph.
         format: `int8`, `int4`, `nf4`, `w8a8` (int8 weights and inputs), `fp8` (E4M3 weights and inputs); with options
-            as `int4:64`, `int8:channel`, `int4:128:asymmetric`.
+            as `int4:64`, `int8:channel`, `int4:128:asymmetric`, `nf4:64:double`.
         group_size: 32, 64 or 128 neighbours of a row that share a scale, in place of the format's own.
         symmetric: whether zero is in the middle of the codes.
         overrides: glob of a module's path -> format or None (kept), the last that matches counts.
@@ -136,10 +158,10 @@ def quantize(
         rounding: how a weight becomes codes, in place of what the arguments below say.
         progress: called with the name of each weight.
         clip: `mse`: of each group, the range is cut by the factor (1, 0.99, ... 0.5) that makes its squared error least.
-        calibration: windows of token ids, ids one after another, or a text, that the model is computed on: weights make
-            good for one another what rounding changes in its products. Scales are cut then too. A module needs a list
-            of layers, and is given in evaluation mode.
-        method: of calibration: `gptq` (arXiv:2210.17323).
+        calibration: windows of token ids, ids one after another, or a text, that the model is computed on, by a method. Scales
+            are cut then too. A module needs a list of layers, and is given in evaluation mode.
+        method: of calibration: `gptq` (arXiv:2210.17323): weights make good for one another what rounding changes in products;
+            `awq` (arXiv:2306.00978): channels of inputs are scaled, where norms or products before can take that back.
         tokenizer: with `encode`, for a text.
 
     Raises:
@@ -160,12 +182,13 @@ def quantized(
     device: torch.device | str | None = None,
     rounding: Rounding | None = None,
     progress: Note | None = None,
+    record: Record | None = None,
 ) -> Model:
-    """The same, for choices that are made."""
+    """The same, for choices that are made; `record` is told of a graph's weights and their codes."""
     note = progress or (lambda name: None)
     place = None if device is None else torch.device(device)
     if isinstance(model, Graph):
-        return _graph(model.clone(), chosen, rounding, place, note)  # type: ignore[return-value]
+        return _graph(model.clone(), chosen, rounding, place, note, record)  # type: ignore[return-value]
     if isinstance(model, nn.Module):
         return _module(model, chosen, rounding, place, note)
     raise UsageError(f"quantize takes a module or a graph, not a {type(model).__name__}")
@@ -177,19 +200,23 @@ class QuantizedLinear(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    seconds: Tensor | None
 
     def __init__(self, codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.format, self.width, self.dtype = codes.format, codes.width, dtype
         self.register_buffer("codes", codes.packed)
-        self.register_buffer("scales", codes.scales)
+        held, seconds = codes.doubled or (codes.scales, None)
+        self.register_buffer("scales", held)
         self.register_buffer("zeros", codes.zeros)
+        self.register_buffer("seconds", seconds)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
         """What the codes stand for, [N, K]."""
-        found: Tensor = dequantize(self.codes, self.scales, self.zeros, str(self.format), self.width, self.dtype)
+        held = self.codes, self.scales, self.zeros, self.seconds
+        found: Tensor = dequantize(*held, str(self.format), self.width, self.dtype)
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,60 +228,62 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Moves everything; another float type is that of the weight, and not of the scales."""
         probe = fn(torch.empty(0, dtype=self.dtype))
-        scales = self.scales
+        scales, seconds = self.scales, self.seconds
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales, self.dtype = scales.to(self.scales.device), probe.dtype
+        self.seconds = None if seconds is None else seconds.to(self.scales.device)
         return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.width}, out_features={len(self.codes)}, {self.format}"
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor, Tensor | None]]:
-    """The linears of a module: path, module, weight [N, K], bias."""
-    for path, part in module.named_modules():
-        if isinstance(part, nn.Linear):
-            yield path, part, part.weight, part.bias
-        elif type(part).__name__ == "Conv1D" and isinstance(getattr(part, "nf", None), int):  # of transformers: [K, N]
-            weight, bias = part.weight, part.bias
-            assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
-            yield path, part, weight.T, bias
-
-
 def _module(
     module: nn.Module, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note
 ) -> nn.Module:
-    embeddings: Any = getattr(module, "get_output_embeddings", None)
-    head = embeddings() if embeddings is not None else None
     shared = [*module.parameters(), *module.buffers()]
     made: nn.Module = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    embeddings: Any = getattr(made, "get_output_embeddings", None)
+    head = embeddings() if embeddings is not None else None
     walk = LayerWalk(made, chosen.windows) if chosen.windows and rounding is None else None
-    count = 0
-    for path, part, weight, bias in list(_linears(module)):
-        format = chosen.of(path, is_head=part is head)
-        if format is None:
-            continue
+    formats = {
+        path: format for path, part in made.named_modules()
+        if matrix(part) is not None and (format := chosen.of(path, is_head=part is head)) is not None
+    }  # fmt: skip
+    scaled: nn.Module | None = None
+    for path, format in formats.items():
+        note(path)
+        if walk is not None and chosen.scales and walk.enter(path) and walk.layer is not scaled:
+            scaled = walk.layer
+            scale_layer(walk, {made.get_submodule(name): wanted for name, wanted in formats.items()})
+        part: Any = made.get_submodule(path)
+        weight = matrix(part)
+        assert weight is not None
         if weight.is_meta:
             raise InputError(f"'{path}' has no elements to quantize: it is on the meta device")
-        note(path)
-        rounds = rounding or (by_moments(walk.moments(path)) if walk is not None else chosen.rounding)
-        codes = _placed(rounds(path, weight.detach().to(device or weight.device), format), weight.device)
-        made.set_submodule(path, QuantizedLinear(codes, bias, weight.dtype))
-        count += 1
-    if not count:
+        rounds = rounding or (chosen.calibrated(walk.moments(path)) if walk is not None else chosen.rounding)
+        codes = rounds(path, weight.detach().to(device or weight.device), format).to(weight.device)
+        made.set_submodule(path, QuantizedLinear(codes, part.bias, weight.dtype))
+    if not formats:
         raise UsageError("nothing is quantized: the module has no linear that is not kept")
     return made.eval() if not module.training else made
 
 
-def _placed(codes: Codes, device: torch.device) -> Codes:
-    if codes.packed.is_meta:
-        return codes
-    zeros = None if codes.zeros is None else codes.zeros.to(device)
-    return Codes(codes.packed.to(device), codes.scales.to(device), zeros, codes.format, codes.width)
-
-
-def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: torch.device | None, note: Note) -> Graph:
+def _graph(
+    graph: Graph,
+    chosen: Choices,
+    rounding: Rounding | None,
+    device: torch.device | None,
+    note: Note,
+    record: Record | None,
+) -> Graph:
     heads, empty = _heads(graph), rounding is unfilled
+    if chosen.scales and rounding is None:
+        weights = {node: weight for node in graph.nodes if (weight := _weight(node)) is not None}
+        products = {
+            node: (weight, chosen.of(node.origin.module, is_head=node in heads)) for node, weight in weights.items()
+        }
+        scale_graph(graph, products, chosen.windows, device, note)
     walk = Walk(graph, chosen.windows, device) if chosen.windows and rounding is None else None
     made: dict[tuple[Any, Format], Quantized] = {}
     rounded: dict[tuple[Value, str], Value] = {}
@@ -265,7 +294,7 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: tor
         if weight is None or format is None or any(isinstance(leaf, Quantized) for leaf in weight.leaves()):
             continue
         note(node.origin.module or node.output.name)
-        rounds = rounding or (by_moments(walk.moments(node)) if walk is not None else chosen.rounding)
+        rounds = rounding or (chosen.calibrated(walk.moments(node)) if walk is not None else chosen.rounding)
 
         def codes_of(part: Constant, format: Format = format, node: Node = node, rounds: Rounding = rounds) -> Constant:
             if isinstance(part, Joined):
@@ -274,7 +303,9 @@ def _graph(graph: Graph, chosen: Choices, rounding: Rounding | None, device: tor
             if key not in made:
                 rows = tensor_of(part).T
                 codes = rounds(node.origin.module, rows.to(device or rows.device), format)
-                made[key] = constant_of(_placed(codes, rows.device), part)
+                if record is not None:
+                    record(rows, codes)
+                made[key] = constant_of(codes if empty else codes.to(rows.device), part)
             return Transposed(made[key])
 
         x = node.inputs[0]
@@ -307,7 +338,8 @@ def constant_of(codes: Codes, like: Constant) -> Quantized:
     """Codes as a constant that stands for a weight of the type of another."""
     held = Held if codes.packed.is_meta else to_constant
     zeros = None if codes.zeros is None else held(codes.zeros)
-    return Quantized(held(codes.packed), held(codes.scales), zeros, codes.format, codes.width, like.dtype)
+    scales = held(codes.scales) if codes.doubled is None else DoubledScales(*map(held, codes.doubled))
+    return Quantized(held(codes.packed), scales, zeros, codes.format, codes.width, like.dtype)
 
 
 def _weight(node: Node, *, known: bool = False) -> Constant | None:

@@ -8,6 +8,7 @@ from typing import Any
 from fuser.explanation import DIFFERENCE, KINDS, Construct, Explanation, Group, Reason, layer_json, layer_of
 from fuser.layers import Layer
 from fuser.matching import CHECK
+from fuser.quality import Measured
 from fuser.rewriting import Miss
 from fuser.verification import Verification
 
@@ -27,6 +28,10 @@ class Report:
     weights_bytes_before: int = 0
     weights_bytes_after: int = 0
     quantized: dict[str, int] = field(default_factory=dict)  # weights by format
+    weight_errors: dict[str, float] = field(
+        default_factory=dict
+    )  # by format, the mean of |rounded - weight| / |weight|
+    measured: Measured | None = None  # what quantizing costs, where there is a text
     notes: list[str] = field(default_factory=list)  # what the target has no operators for
     fused: dict[str, int] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
@@ -54,6 +59,8 @@ class Report:
             "nodes": {"before": self.nodes_before, "after": self.nodes_after},
             "weights_bytes": {"before": self.weights_bytes_before, "after": self.weights_bytes_after},
             "quantized": dict(sorted(self.quantized.items())),
+            "weight_errors": dict(sorted(self.weight_errors.items())),
+            "quality": None if self.measured is None else self.measured.to_json(),
             "notes": self.notes,
             "fusions": {
                 name: {"fused": self.fused.get(name, 0), "missed": missed.get(name, 0)}
@@ -99,8 +106,10 @@ class Report:
         lines += ["", f"  nodes    {self.nodes_before} -> {self.nodes_after}"]
         lines.append(f"  weights  {size(self.weights_bytes_before)} -> {size(self.weights_bytes_after)}")
         if self.quantized:
-            formats = ", ".join(f"{count} in {name}" for name, count in sorted(self.quantized.items()))
-            lines.append(f"  codes    {formats}")
+            formats = [f"{count} in {name}{self._off(name)}" for name, count in sorted(self.quantized.items())]
+            lines.append(f"  codes    {', '.join(formats)}")
+        if self.measured is not None:
+            lines.append(f"  quality  {self.measured}")
         lines += [f"  note     {note}" for note in self.notes]
         lines.append(
             f"  checks   {self.checked} rewrites checked numerically, {self.reused} more of the same structure"
@@ -110,6 +119,10 @@ class Report:
         if self.misses and misses:
             lines += ["", *self._miss_lines(misses)]
         return "\n".join(lines)
+
+    def _off(self, format: str) -> str:
+        """How far weights in a format are from what they were."""
+        return f" (off by {self.weight_errors[format]:.2%})" if format in self.weight_errors else ""
 
     def _verdict(self) -> str:
         found = self.verification

@@ -51,34 +51,39 @@ class Source:
         return next((value for value in found if isinstance(value, int) and value > 0), None)
 
     def tokenizer(self, given: Any) -> Any:
-        """The tokenizer that was given, or that lies in a folder; None where there is none.
+        """The tokenizer that was given, or that lies beside the model, as `tokenizer_of` says."""
+        return tokenizer_of(self.folder, given)
 
-        Raises:
-            InputError: it cannot be read.
-            UsageError: what was given is none.
-        """
-        if given is not None and not isinstance(given, (str, os.PathLike)):
-            if hasattr(given, "encode") and hasattr(given, "decode"):
-                return given
-            raise UsageError(f"a tokenizer has encode and decode, {type(given).__name__} has not")
-        folder = Path(given) if given is not None else self.folder
-        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-        if folder is None or (given is None and not any((folder / name).is_file() for name in names)):
+
+def tokenizer_of(folder: Path | None, given: Any = None) -> Any:
+    """The tokenizer that was given, itself or its folder, or that lies in a folder; None where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+        UsageError: what was given is none.
+    """
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        if hasattr(given, "encode") and hasattr(given, "decode"):
+            return given
+        raise UsageError(f"a tokenizer has encode and decode, {type(given).__name__} has not")
+    folder = Path(given) if given is not None else folder
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if folder is None or (given is None and not any((folder / name).is_file() for name in names)):
+        return None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        if given is None:
             return None
-        try:
-            from transformers import AutoTokenizer
-        except ImportError:
-            if given is None:
-                return None
-            raise UsageError("a tokenizer's folder needs transformers: pip install 'fuser[hf]'") from None
-        try:
-            # lengths are looked at where a text is used
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=maxsize)
-        except Exception as error:  # it raises what its parts raise
-            text = " ".join(str(error).split())
-            raise InputError(
-                f"the tokenizer of '{folder}' cannot be loaded: {text[:300] or type(error).__name__}"
-            ) from None
+        raise UsageError("a tokenizer's folder needs transformers: pip install 'fuser[hf]'") from None
+    try:
+        # lengths are looked at where a text is used
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=maxsize)
+    except Exception as error:  # it raises what its parts raise
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"the tokenizer of '{folder}' cannot be loaded: {text[:300] or type(error).__name__}"
+        ) from None
 
 
 def source_of(

@@ -67,10 +67,15 @@ def tilings(what: Linear) -> list[Tiling | None]:
     return [None, Tiling(64, C, 1, 4, 3), Tiling(32, C, 2, 2, 1)]
 
 
-@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
-@pytest.mark.parametrize("M", (1, 5))
-@pytest.mark.parametrize("parts", PARTS, ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+# Any two of format, parts, tokens and type meet.
+PRODUCTS = [
+    (name, parts, (1, 5)[(i + k // 2) % 2], ("bf16", "fp16")[(i + k) % 2])
+    for i, name in enumerate(FORMATS)
+    for k, parts in enumerate(PARTS)
+]
+
+
+@pytest.mark.parametrize(("name", "parts", "M", "dtype"), PRODUCTS, ids=str)
 def test_products(name: str, parts: dict[str, Any], M: int, dtype: str) -> None:
     format = format_of(name)
     what = Linear(100, 290, M, dtype, format=format, **parts)
@@ -83,19 +88,20 @@ def test_products(name: str, parts: dict[str, Any], M: int, dtype: str) -> None:
         close(y, expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
-@pytest.mark.parametrize("interleaved", (False, True))
-@pytest.mark.parametrize(
-    ("H", "G", "D", "rotary_dim", "parts"),
-    [
-        (4, 2, 32, 32, {}),
-        (3, 1, 20, 12, {"bias": True}),
-        (2, 1, 64, 64, {"head_norm_eps": 1e-4}),
-        (2, 1, 20, 0, {}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", ("int4:64", "int8:32:asymmetric"))
+HEADS: list[tuple[int, int, int, int, dict[str, Any]]] = [
+    (4, 2, 32, 32, {}),
+    (3, 1, 20, 12, {"bias": True}),
+    (2, 1, 64, 64, {"head_norm_eps": 1e-4}),
+    (2, 1, 20, 0, {}),
+]
+PROJECTIONS = [  # likewise
+    (("int4:64", "int8:32:asymmetric")[(i + j) % 2], *heads, interleaved, ("bf16", "fp16")[(i // 2 + j) % 2])
+    for i, heads in enumerate(HEADS)
+    for j, interleaved in enumerate((False, True))
+]
+
+
+@pytest.mark.parametrize(("name", "H", "G", "D", "rotary_dim", "parts", "interleaved", "dtype"), PROJECTIONS, ids=str)
 def test_projections(
     name: str, H: int, G: int, D: int, rotary_dim: int, parts: dict[str, Any], interleaved: bool, dtype: str
 ) -> None:
@@ -127,9 +133,14 @@ def test_projections(
         close(found.nan_to_num(), wanted.nan_to_num(), dtype)
 
 
-@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("kind", ("plain", "gated", "rotary"))
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"),
+    [
+        (("plain", "gated", "rotary")[(i + j) % 3], name, dtype)
+        for i, name in enumerate(FORMATS)
+        for j, dtype in enumerate(("bf16", "fp16"))
+    ],
+)
 def test_what_codes_stand_for(kind: str, name: str, dtype: str) -> None:
     turning = rotary.Rotary(2, 1, 20, 12, dtype=dtype) if kind == "rotary" else None
     what = Linear(
@@ -205,8 +216,7 @@ def eights(kind: str, rows: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ("w8a8", "fp8"))
-@pytest.mark.parametrize("M", (1, 5))
-@pytest.mark.parametrize("splits", (1, 2))
+@pytest.mark.parametrize(("M", "splits"), [(1, 1), (5, 2)])
 @pytest.mark.parametrize("parts", [{}, {"bias": True, "residual": True}, {"activation": "silu"}], ids=str)
 def test_products_of_eight_bits(kind: str, M: int, splits: int, parts: dict[str, Any]) -> None:
     format = format_of(kind)

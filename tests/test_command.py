@@ -110,7 +110,7 @@ def test_version_and_help() -> None:
 
 
 REPORT_KEYS = {
-    "version", "model", "target", "nodes", "weights_bytes", "quantized", "notes", "fusions", "misses", "checks", "stages_s",
+    "version", "model", "target", "nodes", "weights_bytes", "quantized", "weight_errors", "quality", "notes", "fusions", "misses", "checks", "stages_s",
     "verification",
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from fuser.cli import app
 from fuser.errors import UsageError
 from fuser.evaluating import Trial, line
 from fuser.quality import Measurement, Quality, percentile
+from fuser.quantizing import QuantizedLinear, choices
 from fuser.sources import source_of
 
 DEMO = Path(__file__).parents[1] / "models/demo"
@@ -255,6 +256,7 @@ def test_quantizations_are_rows_of_the_table(tmp_path: Path) -> None:
 def test_clipped_and_calibrated_rows(tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text(TEXT, encoding="utf-8")
+    calibrated = ["--calibrate", file, "--calibration-tokens", 80]
     asked = [
         DEMO / "model.onnx",
         "--text",
@@ -269,11 +271,74 @@ def test_clipped_and_calibrated_rows(tmp_path: Path) -> None:
     ]
     found = [
         json.loads(run(*asked, *more).stdout)["measured"][1]
-        for more in ([], ["--clip"], ["--calibrate", file, "--calibration-tokens", 80])
+        for more in ([], ["--clip"], calibrated, [*calibrated, "--method", "awq"])
     ]
-    assert [row["name"] for row in found] == ["int4:64", "int4:64 clip", "int4:64 gptq"]
-    assert len({row["kl_mean"] for row in found}) == 3
-    assert found[2]["kl_mean"] < found[0]["kl_mean"]  # of the text that it was calibrated with
+    assert [row["name"] for row in found] == ["int4:64", "int4:64 clip", "int4:64 gptq", "int4:64 awq"]
+    assert len({row["kl_mean"] for row in found}) == 4
+    assert (
+        max(found[2]["kl_mean"], found[3]["kl_mean"]) < found[0]["kl_mean"]
+    )  # of the text that it was calibrated with
+
+
+def test_a_file_that_is_quantized_says_what_it_costs(tmp_path: Path) -> None:
+    file, out = tmp_path / "text", tmp_path / "q.onnx"
+    file.write_text(TEXT, encoding="utf-8")
+
+    def fused(*arguments: object) -> Any:
+        return CliRunner().invoke(app, [str(DEMO / "model.onnx"), *map(str, arguments)])
+
+    told = fused("-o", out, "--quantize", "int4:64", "--clip", "--text", file, "--json")
+    assert told.exit_code == 0, told.stderr
+    report = json.loads(told.stdout)
+    trial = Trial(DEMO / "model.onnx", TEXT, device="cpu")
+    wanted = trial.compared(choices("int4:64", clip="mse"))
+    found = report["quality"]
+    assert found["text"] == f"'{file}'" and found["tokens"] == wanted.tokens
+    assert found["original_perplexity"] == pytest.approx(trial.original().perplexity, rel=1e-5)
+    for name in ("perplexity", "kl_mean", "kl_p999", "top1"):
+        assert found[name] == pytest.approx(getattr(wanted, name), rel=1e-3)
+    assert f"mean KL {wanted.kl_mean:.2e}" in told.stderr
+    rounded, errors = fuser.quantize(plain(), "int4:64", clip="mse"), []
+    for path, part in rounded.named_modules():
+        if isinstance(part, QuantizedLinear):
+            weight = plain().get_submodule(path).weight.detach()
+            errors.append(float((part.weight - weight).norm() / weight.norm()))
+    assert report["weight_errors"] == {"int4:64": pytest.approx(sum(errors) / len(errors), rel=1e-4)}
+    written = fuser.evaluate(out, TEXT, against=DEMO / "model.onnx", device="cpu")
+    assert written.kl_mean == pytest.approx(wanted.kl_mean, rel=1e-3)
+
+    lonely = tmp_path / "lonely.onnx"
+    shutil.copy(DEMO / "model.onnx", lonely)
+    asked = ["--calibrate", file, "--calibration-tokens", 100, "--tokenizer", DEMO, "--no-verify", "--json"]
+    calibrated = CliRunner().invoke(app, [*map(str, [lonely, "--quantize", "nf4", *asked])])
+    report = json.loads(calibrated.stdout)
+    assert report["quality"]["text"] == "what follows the calibration"
+    assert report["quality"]["tokens"] == len(trial.ids) - 101
+    itself = json.loads(
+        fused("--quantize", "nf4", "--calibrate", file, "--method", "awq", "--no-verify", "--json").stdout
+    )
+    assert itself["quality"]["text"] == "the calibration itself" and itself["quality"]["tokens"] == len(trial.ids) - 1
+    assert itself["weight_errors"] != report["weight_errors"]
+    textless = json.loads(fused("--quantize", "nf4", "--no-verify", "--json").stdout)
+    assert textless["quality"] is None and 0.05 < textless["weight_errors"]["nf4:64"] < 0.1
+
+
+def test_texts_that_a_file_cannot_be_quantized_with(tmp_path: Path) -> None:
+    file, lonely = tmp_path / "text", tmp_path / "lonely" / "model.onnx"
+    file.write_text(TEXT, encoding="utf-8")
+    lonely.parent.mkdir()
+    shutil.copy(DEMO / "model.onnx", lonely)
+    for model, arguments, code, told in (
+        (DEMO / "model.onnx", ["--calibrate", file], 2, "give quantize, a format"),
+        (DEMO / "model.onnx", ["--text", file], 2, "give --quantize, a format"),
+        (DEMO / "model.onnx", ["--clip"], 2, "give quantize, a format"),
+        (DEMO / "model.onnx", ["--quantize", "int4", "--calibrate", file, "--method", "x"], 2, "gptq or awq"),
+        (DEMO / "model.onnx", ["--quantize", "int4", "--calibrate", tmp_path / "none"], 3, "cannot be read"),
+        (lonely, ["--quantize", "int4", "--calibrate", file], 2, "give --tokenizer DIR"),
+    ):
+        result = CliRunner().invoke(app, [str(model), "-o", str(tmp_path / "q.onnx"), *map(str, arguments), "-q"])
+        assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.stderr
+        assert told in result.stderr and not (tmp_path / "q.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,22 @@ import torch
 from torch import Tensor, nn
 
 import fuser
+from fuser.codegen.compose import compose
+from fuser.codegen.compose_linear import quantized_parts
+from fuser.codegen.program import Weight
+from fuser.codegen.quantized import sides_of
 from fuser.errors import InputError, UsageError
+from fuser.evaluating import stored_bytes
 from fuser.formats import NF4, Format, format_of
-from fuser.quantized import Codes, Quantized, quantize_activations, unpack
+from fuser.quantized import Codes, DoubledScales, Quantized, quantize_activations, unpack
+from fuser.quantizing import choices, constant_of
+from fuser.sources import source_of
+from fuser.stepping import Weights
 from fuser.tensors import to_constant
 
 FORMATS = (
     "int8", "int8:channel", "int8:32:asymmetric", "int4", "int4:32", "int4:64:asymmetric", "int4:channel", "nf4", "nf4:32",
-    "w8a8", "fp8",
+    "nf4:64:double", "w8a8", "fp8",
 )  # fmt: skip
 DEMO = Path(__file__).parents[1] / "models/demo"
 
@@ -28,21 +36,32 @@ def plainly(weight: Tensor, format: Format) -> Tensor:
     """The rounded weight, number by number, as the format's page says it."""
     found = torch.zeros_like(weight)
     group = format.group or weight.shape[1]
-    for n, row in enumerate(weight.tolist()):
-        for start in range(0, len(row), group):
-            part = row[start : start + group]
-            for k, value in zip(range(start, start + group), _rounded(part, format), strict=False):
-                found[n, k] = value
+    parts = [(n, k, row[k : k + group]) for n, row in enumerate(weight.tolist()) for k in range(0, len(row), group)]
+    scales = [kept(max(map(abs, part))) for *_, part in parts] if format.kind == "nf4" else [0.0] * len(parts)
+    for (n, start, part), scale in zip(parts, eights(scales) if format.double else scales, strict=True):
+        for k, value in zip(range(start, start + group), _rounded(part, format, scale), strict=False):
+            found[n, k] = value
     return found
 
 
-def _rounded(part: list[float], format: Format) -> list[float]:
-    def kept(scale: float) -> float:
-        return float(torch.tensor(scale).half())
+def kept(scale: float) -> float:
+    return float(torch.tensor(scale).half())
 
+
+def eights(scales: list[float]) -> list[float]:
+    """Scales by their mean and, of each 256, eight bits."""
+    mean = sum(scales) / len(scales)
+    found = []
+    for start in range(0, len(scales), 256):
+        block = [scale - mean for scale in scales[start : start + 256]]
+        step = max(map(abs, block)) / 127
+        found += [kept(max(mean + (round(off / step) if step else 0) * step, 0.0)) for off in block]
+    return found
+
+
+def _rounded(part: list[float], format: Format, scale: float) -> list[float]:
     top = max(map(abs, part))
     if format.kind == "nf4":
-        scale = kept(top)
         return (
             [min(NF4, key=lambda level: abs(level - w / scale)) * scale for w in part] if scale else [0.0] * len(part)
         )
@@ -91,6 +110,32 @@ def test_what_is_not_finite_is_refused(name: str, wrong: float) -> None:
         Codes.of(weight, format_of(name))
 
 
+def test_scales_of_eight_bits() -> None:
+    """Blocks of 256 go on from row to row; rows are read alone; what is stored is counted."""
+    format, weight = format_of("nf4:32:double"), drawn(70, 320) * torch.linspace(0.1, 3, 70)[:, None]
+    codes = Codes.of(weight, format)
+    assert codes.doubled is not None and codes.doubled.codes.dtype is torch.uint8
+    assert codes.doubled.seconds.shape == (1 + 3,)  # 700 scales
+    torch.testing.assert_close(codes.weight, plainly(weight, format), rtol=1e-5, atol=1e-8)
+    exact = Codes.of(weight, format_of("nf4:32"))
+    assert (codes.scales.float() - exact.scales.float()).abs().max() <= 0.51 * codes.doubled.seconds[1:].max() + 1e-4
+    constant = constant_of(codes, to_constant(weight))
+    assert (torch.from_numpy(constant.numpy()) == codes.weight).all()
+    assert (torch.from_numpy(constant.rows(40, 63)) == codes.weight[40:63]).all()
+    assert constant.stored_bytes == 70 * 160 + 700 + 4 * (1 + 3)
+    assert constant.scales.dtype.value == "float16"
+    with pytest.raises(InputError, match=r"seconds must be \[4\], got \[3\]"):
+        DoubledScales(to_constant(codes.doubled.codes), to_constant(codes.doubled.seconds[:3]))
+
+
+@pytest.mark.parametrize("factor", (1e-6, 1e7))
+def test_scales_of_eight_bits_beyond_float16(factor: float) -> None:
+    weight = drawn(20, 64) * factor
+    codes = Codes.of(weight, format_of("nf4:64:double"))
+    assert codes.scales.dtype is torch.bfloat16
+    assert (codes.weight - weight).norm() < 0.15 * weight.norm()
+
+
 def test_scales_too_small_for_float16_are_bfloat16() -> None:
     weight = drawn(4, 64) * 1e-6
     codes = Codes.of(weight, format_of("int8:64"))
@@ -98,7 +143,7 @@ def test_scales_too_small_for_float16_are_bfloat16() -> None:
     assert (codes.weight - weight).norm() < 0.01 * weight.norm()
 
 
-@pytest.mark.parametrize("text", ("int3", "int4:48", "int4:wide", "w8a8:64", "nf4:64:asymmetric"))
+@pytest.mark.parametrize("text", ("int3", "int4:48", "int4:wide", "w8a8:64", "nf4:64:asymmetric", "int4:double"))
 def test_formats_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
         format_of(text)
@@ -158,8 +203,34 @@ def test_a_module_gives_a_module(name: str) -> None:
         same = (compiled(x) - made(x)).norm() / made(x).norm()
     assert 0 < off < 0.2
     assert same < (2e-2 if format_of(name).activations else 1e-6)  # what is rounded may fall to the other side
+    kept = [part.clone() for part in made.gate.buffers()]
     half: Any = made.half()
-    assert half.gate.scales.dtype is torch.float16 and half(x.half()).dtype is torch.float16
+    assert all(torch.equal(x, y) and x.dtype is y.dtype for x, y in zip(kept, half.gate.buffers(), strict=True))
+    assert half(x.half()).dtype is torch.float16
+
+
+def test_kernels_read_scales_of_eight_bits_decoded() -> None:
+    """The same kernels as without; what they are given is what the weight's own scales say."""
+    plain, double = (
+        source_of(DEMO / "model.onnx", verify=False, note=print, choices=choices(name)).graph
+        for name in ("nf4:64", "nf4:64:double")
+    )
+    programs = [compose(graph, dtype="bf16", tokens=1) for graph in (plain, double)]
+    assert [kernel.text for kernel in programs[0].kernels] == [kernel.text for kernel in programs[1].kernels]
+    held = Weights(torch.device("cpu"), "bf16", 16)
+    steps = programs[1].steps
+    asked = [a for step in steps for a in step.arguments if isinstance(a, Weight) and a.kind in ("codes", "scales")]
+    assert len(asked) == 2 * 20
+    for weight in asked:
+        assert weight.base is not None and weight.product is not None
+        parts = [part.tensors() for part in quantized_parts(weight.base)]
+        if weight.kind == "scales":
+            order = torch.tensor(sides_of(weight.product)).flatten()
+            wanted = torch.cat([codes.scales for codes in parts])[order].T
+            assert torch.equal(held[weight][: len(wanted)], wanted) and wanted.dtype is torch.float16
+    scales = [part.scales for weight in asked[::2] if weight.base is not None for part in quantized_parts(weight.base)]
+    blocks = sum(1 + -(-one.size // 256) for one in scales)
+    assert stored_bytes(plain) - stored_bytes(double) == sum(one.size for one in scales) - 4 * blocks
 
 
 def test_overrides_say_which() -> None:
@@ -173,7 +244,7 @@ def test_overrides_say_which() -> None:
 
 
 @pytest.mark.parametrize("model", (DEMO, DEMO / "model.onnx"), ids=("folder", "file"))
-@pytest.mark.parametrize("name", ("int8", "int4:64:asymmetric", "nf4", "w8a8"))
+@pytest.mark.parametrize("name", ("int8", "int4:64:asymmetric", "nf4:64:double", "w8a8"))
 def test_text_is_scored_as_the_module_does(name: str, model: Path) -> None:
     transformers = pytest.importorskip("transformers")
     module = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()

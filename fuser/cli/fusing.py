@@ -43,6 +43,18 @@ class Quantization:
     overrides: dict[str, str]
     head: bool
     accuracy_level: int | None
+    clip: str | None
+    method: str
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What weights are calibrated with, and what quality is measured on."""
+
+    calibrate: Path | None
+    text: Path | None
+    tokenizer: Path | None
+    tokens: int
 
 
 def _version(wanted: bool) -> None:
@@ -92,6 +104,22 @@ def fuse(
         int | None,
         typer.Option(help="Of MatMulNBits: 4 lets ONNX Runtime round inputs to eight bits, faster and less exact."),
     ] = None,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="Quantize with scales that make each group's squared error least.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Quantize by a method that computes the model on this text; UTF-8."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Of --calibrate: gptq or awq.")] = "gptq",
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of it at most.")] = 16384,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure quality on this text; by default on what --calibrate leaves."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A tokenizer's folder; by default the model's own.")
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show by layer what was fused, and every near miss.")
     ] = False,
@@ -128,7 +156,9 @@ def fuse(
     with failing(quiet=quiet, verbose=verbose) as (console, progress):
         _run(console, progress, model, output, target, sizes(dim or [], "--dim"), verify, report, diff, explain,
              sizes(expect or [], "--expect"), strict, as_json, quiet, Emission(emit_triton, dtype, tokens),
-             Quantization(quantize, keep or [], _formats(override or []), quantize_head, accuracy_level))  # fmt: skip
+             Quantization(quantize, keep or [], _formats(override or []), quantize_head, accuracy_level,
+                          "mse" if clip else None, method),
+             TextFiles(calibrate, text, tokenizer, calibration_tokens))  # fmt: skip
 
 
 @app.command("explain", context_settings=HELP)
@@ -201,13 +231,14 @@ def _run(
     quiet: bool,
     emission: Emission,
     quantization: Quantization,
+    files: TextFiles,
 ) -> None:
     from fuser import api
     from fuser.diff.comparison import form_of
     from fuser.exporter import write_text
 
-    files = {"-o": output, "--report": report_file, "--diff": diff_file}
-    named = {option: file for option, file in files.items() if file is not None}
+    outputs = {"-o": output, "--report": report_file, "--diff": diff_file}
+    named = {option: file for option, file in outputs.items() if file is not None}
     for option, file in named.items():
         api.check_output(file, [model])
         for other in list(named)[: list(named).index(option)]:
@@ -217,7 +248,18 @@ def _run(
         form_of(diff_file)
     if emission.folder is not None:
         api.check_emission(emission.folder, dtype=emission.dtype, tokens=emission.tokens)
-    fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress, **vars(quantization))
+    if quantization.quantize is None and files.text is not None:
+        raise UsageError("--text measures what quantizing costs: give --quantize, a format, as well")
+    texts = calibration = None
+    if files.calibrate is not None or files.text is not None:
+        from fuser import evaluating
+
+        texts = evaluating.texts(model.parent, **vars(files))
+        calibration = texts.calibration
+    fused = api.fuse(model, target=target, dims=sizes, verify=verify, progress=progress, calibration=calibration,
+                     **vars(quantization))  # fmt: skip
+    if texts is not None:
+        fused.report.measured = evaluating.measured(fused, model, texts, progress)
     progress.stop()
     record = fused.report
     for file in named.values():

@@ -136,8 +136,10 @@ def eval_(
         bool, typer.Option("--clip", help="Quantize with scales that make each group's squared error least.")
     ] = False,
     calibrate: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Quantize by GPTQ, computing the model on this text; UTF-8.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Quantize by a method that computes the model on this text; UTF-8."),
     ] = None,
+    method: Annotated[str, typer.Option(help="Of --calibrate: gptq or awq.")] = "gptq",
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of it at most.")] = 16384,
     kv_cache: Annotated[str, typer.Option(help="Element type of MODEL's keys and values; auto: dtype.")] = "auto",
     tokens: Annotated[int | None, typer.Option(help="Use so many tokens of the text at most.")] = None,
@@ -169,7 +171,7 @@ def eval_(
         )  # fmt: skip
         given = evaluating.read(calibrate) if calibrate is not None else None
         asked = quantize.split(",") if quantize is not None else []
-        ways = trial.ways(asked, clip=clip, calibration=given, tokens=calibration_tokens)
+        ways = trial.ways(asked, clip=clip, calibration=given, tokens=calibration_tokens, method=method)
         found = evaluating.rows(trial, ways, kv_cache=kv_cache, is_compared=against is not None)
         evaluating.main(trial, found, as_json=as_json)
 

@@ -10,7 +10,7 @@ from fuser.errors import UnsupportedOperator
 from fuser.formats import format_of
 from fuser.fx.table import At, Number, aten, dtype_of, rank
 from fuser.graph import FUSER, Value
-from fuser.quantized import Quantized
+from fuser.quantized import DoubledScales, Quantized
 from fuser.tensors import Held
 
 
@@ -28,13 +28,17 @@ def linear(at: At, x: Value, weight: Value, bias: Value | None = None) -> Value:
 
 @aten("dequantize.default", namespace="fuser")
 def dequantize(
-    at: At, codes: Value, scales: Value, zeros: Value | None, format: str, width: int, dtype: torch.dtype
-) -> Value:
+    at: At, codes: Value, scales: Value, zeros: Value | None, seconds: Value | None, format: str, width: int,
+    dtype: torch.dtype,
+) -> Value:  # fmt: skip
     """The codes of a quantized linear are a constant; nothing is dequantized."""
-    held = [None if value is None else value.constant for value in (codes, scales, zeros)]
-    if held[0] is None or held[1] is None or (zeros is not None and held[2] is None):
+    given = (codes, scales, zeros, seconds)
+    if any(value is not None and value.constant is None for value in given):
         raise UnsupportedOperator("codes that are no parameters or buffers of the module")
-    constant = Quantized(held[0], held[1], held[2], format_of(format), width, dtype_of(dtype))
+    held = [None if value is None else value.constant for value in given]
+    assert held[0] is not None and held[1] is not None
+    steps = held[1] if held[3] is None else DoubledScales(held[1], held[3])
+    constant = Quantized(held[0], steps, held[2], format_of(format), width, dtype_of(dtype))
     return at.held(constant, codes.name)
 
 
