@@ -104,7 +104,7 @@ def prefill(
         BLOCK_M = BLOCK_M or (32 if wide else 128)
         BLOCK_T, num_warps = BLOCK_T or 16, num_warps or (8 if what.head_dim > 64 else 4)
     BLOCK_M = BLOCK_M or (64 if wide or what.head_dim <= 64 else 128)
-    BLOCK_T = BLOCK_T or (32 if wide or what.head_dim <= 32 else 64)
+    BLOCK_T = BLOCK_T or (32 if wide or what.kv_group or what.head_dim <= 32 else 64)
     warps = num_warps or (4 if what.head_dim <= 64 or (wide and what.head_dim <= 128) else 8)
     return _Composition(what, BLOCK_M, BLOCK_T, None, warps, num_stages).kernel()
 

@@ -35,15 +35,15 @@ def packed(codes: Codes, sides: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
         dtype: that the kernel computes in.
     """
     format = codes.format
-    made = words(_units(codes.codes, sides, 7 if format.kind == "nf4" else format.middle), format)
-    scales = _steps(_units(codes.scales, sides).T, format, codes.width)
+    made = words(in_units(codes.codes, sides, 7 if format.kind == "nf4" else format.middle), format)
+    scales = _steps(in_units(codes.scales, sides).T, format, codes.width)
     if codes.zeros is None:
         return made, scales, None
-    zeros = (_units(codes.zeros, sides).T.float() * -REMAINS[dtype]).to(dtype)
+    zeros = (in_units(codes.zeros, sides).T.float() * -REMAINS[dtype]).to(dtype)
     return made, scales, _steps(zeros, format, codes.width)
 
 
-def _units(rows: Tensor, sides: Tensor, missing: int = 0) -> Tensor:
+def in_units(rows: Tensor, sides: Tensor, missing: int = 0) -> Tensor:
     """Rows in units of 16: of two sides, eight of the first and then those of the second that belong to them."""
     each = UNIT // len(sides)
     lacks = -sides.shape[1] % each

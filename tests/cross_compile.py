@@ -69,14 +69,13 @@ def codes() -> Iterator[tuple[str, Kernel]]:
 
 
 def demo() -> Iterator[tuple[str, Kernel]]:
-    """Every kernel of the demo model's programs."""
+    """The kernels of the demo model's programs, each number of tokens in one of two types."""
     graph = importer.load(Path(__file__).parents[1] / "models/demo/model.onnx")
     canonicalize(graph)
     rewrite(graph, patterns.ALL, verify=False)
-    for tokens in (1, 16, 64, 2048):
-        for dtype in ("bf16", "fp32"):
-            for number, kernel in enumerate(compose(graph, dtype=dtype, tokens=tokens).kernels):
-                yield f"demo M{tokens} {dtype} {number} {kernel.name}", kernel
+    for tokens, dtype in ((1, "bf16"), (16, "fp32"), (64, "bf16"), (2048, "fp32")):
+        for number, kernel in enumerate(compose(graph, dtype=dtype, tokens=tokens).kernels):
+            yield f"demo M{tokens} {dtype} {number} {kernel.name}", kernel
 
 
 def kernels() -> Iterator[tuple[str, Kernel]]:
@@ -103,7 +102,7 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for name, what in linears(tokens):
             yield f"{name} M{tokens}", linear(what)
     for heads, kv_heads, D in ((32, 32, 128), (32, 8, 128), (71, 1, 64), (32, 32, 80), (16, 8, 256)):
-        for page in (16, 64):
+        for page in (16, 64) if (heads, kv_heads) == (32, 8) else (16,):
             what = attention.Attention(heads, kv_heads, D, D**-0.5, page)
             for splits in (1, 8):
                 yield f"decode {heads}/{kv_heads} {D} page {page} parts {splits}", attention.decode(what, splits=splits)

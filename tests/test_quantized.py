@@ -17,6 +17,7 @@ from fuser.evaluating import stored_bytes
 from fuser.formats import NF4, Format, format_of
 from fuser.quantized import Codes, DoubledScales, Quantized, quantize_activations, unpack
 from fuser.quantizing import choices, constant_of
+from fuser.runtime.packing import in_units
 from fuser.sources import source_of
 from fuser.stepping import Weights
 from fuser.tensors import to_constant
@@ -225,8 +226,8 @@ def test_kernels_read_scales_of_eight_bits_decoded() -> None:
         assert weight.base is not None and weight.product is not None
         parts = [part.tensors() for part in quantized_parts(weight.base)]
         if weight.kind == "scales":
-            order = torch.tensor(sides_of(weight.product)).flatten()
-            wanted = torch.cat([codes.scales for codes in parts])[order].T
+            sides = torch.tensor(sides_of(weight.product))
+            wanted = in_units(torch.cat([codes.scales for codes in parts]), sides).T
             assert torch.equal(held[weight][: len(wanted)], wanted) and wanted.dtype is torch.float16
     scales = [part.scales for weight in asked[::2] if weight.base is not None for part in quantized_parts(weight.base)]
     blocks = sum(1 + -(-one.size // 256) for one in scales)

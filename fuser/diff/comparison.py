@@ -213,8 +213,8 @@ class _Patterns:
 
     def missed(self, kind: str) -> int:
         """The pattern of a near miss: the first one of its kind."""
-        known = (number for (name, _), number in self._indices.items() if name == kind)
-        return next(known, None) or self.index(kind, None, "")
+        known = [number for (name, _), number in self._indices.items() if name == kind]
+        return known[0] if known else self.index(kind, None, "")
 
 
 def _sentence(text: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 
 from fuser import dims
-from fuser.codegen.plan import VIEWS, Launch, at, plan
+from fuser.codegen.plan import VIEWS, at, plan
 from fuser.diff.alignment import Stands
 from fuser.diff.document import Row
 from fuser.diff.folding import Folding
@@ -107,7 +107,9 @@ def summary(
         second = sum(computes(after.nodes[number]) for number in folding.members[1][usual[0]])
         layers_in = len(folding.units[usual[0]])
         second = planned[0].get(usual[0], 0) if planned else second
-        rows.append(_counted("launches a layer", round(first / layers_in), round(second / layers_in)))
+        label = "launches a layer" if planned else "operators a layer"
+        row = _counted(label, round(first / layers_in), round(second / layers_in))
+        rows.append(row._replace(note=f"{row.note}; operators, then planned kernels") if planned else row)
     first_bytes, second_bytes = token_bytes(before, sizes[0]), token_bytes(after, sizes[1])
     second_bytes = planned[1] if planned and planned[1] is not None else second_bytes
     if first_bytes and second_bytes:
@@ -161,12 +163,6 @@ def _planned(
         if layer is not None:
             counts[index[layer]] = counts.get(index[layer], 0) + 1
     names = {str(symbol): number for symbol, number in sizes.of.items()}
-    amounts: Sequence[int | None] = [at(dims.add(launch.bytes, _codes(launch)), names) for launch in launches]
+    amounts: Sequence[int | None] = [at(launch.bytes, names) for launch in launches]
     known = [amount for amount in amounts if amount is not None]
     return counts, sum(known) if len(known) >= KNOWN * len(amounts) else None
-
-
-def _codes(launch: Launch) -> int:
-    """How many bytes more than their numbers the weights of a product take: fewer, where they are codes."""
-    weights = [value.constant for value in launch.inputs if value.constant is not None and launch.family == "linear"]
-    return sum(weight.stored_bytes - weight.nbytes for weight in weights)
