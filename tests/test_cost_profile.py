@@ -132,10 +132,13 @@ def test_command(tmp_path: Path) -> None:
         [str(DEMO), "--batch", "0"],
         [str(Path(__file__))],
         [str(DEMO), "--context", "16", "--html", "/no/such/folder/page.html"],
+        [str(DEMO), "--context", "16", "--html", str(DEMO)],
     ],
 )
 def test_bad_calls_are_one_line(arguments: list[str]) -> None:
+    held = DEMO.read_bytes()
     result = CliRunner().invoke(app, ["profile", *arguments])
+    assert DEMO.read_bytes() == held
     assert result.exit_code in (1, 2, 3) and "Traceback" not in result.output and "internal" not in result.output
 
 

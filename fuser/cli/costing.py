@@ -158,6 +158,10 @@ def profile(
     with failing(quiet=as_json, verbose=verbose) as (_, progress):
         batches = counts(batch, "--batch", 1024)
         path = Path(model)
+        if html is not None:
+            from fuser import api
+
+            api.check_output(html, [path])
         if path.exists():
             if quantize is not None or device == "cuda":
                 raise UsageError("a file is profiled as it is, on the CPU: --quantize and --device are for names")
