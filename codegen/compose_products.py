@@ -142,8 +142,10 @@ class Products(Places):
         vectors = norm.inputs[1:] if norm is not None else []
         x = self.rows_at(given, node) if norm is None else self.rows_at(norm.inputs[0], norm)
         tensors: dict[str, Argument] = {
-            name: vector(value, norm or node) for name, value in zip(("weight", "bias"), vectors, strict=False) if value is not None
-        }  # fmt: skip
+            name: vector(value, norm or node)
+            for name, value in zip(("weight", "bias"), vectors, strict=False)
+            if value is not None
+        }
         selected, kind = node in self.tail, node.attributes["kind"]
         y, scales = Rows(x.width, selected, dtype=kind), Rows(1, selected, dtype="fp32")
         what = Rounding(

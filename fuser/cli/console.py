@@ -92,6 +92,15 @@ KvCache = Annotated[
 Weights = Annotated[
     str | None, typer.Option("--quantize", help="Quantize weights: int8, int4, int4:64, nf4, w8a8, fp8, ...")
 ]
+Clip = Annotated[bool, typer.Option("--clip", help="Quantize with scales that make each group's squared error least.")]
+Calibrate = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Quantize by a method that computes the model on this text; UTF-8.")
+]
+Method = Annotated[str, typer.Option(help="Of --calibrate: gptq or awq.")]
+CalibrationTokens = Annotated[int, typer.Option(min=1, help="Use so many tokens of it at most.")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A tokenizer's folder; by default the model's own.")
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of internal errors.")]
 
 

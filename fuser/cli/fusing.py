@@ -11,10 +11,15 @@ from rich.console import Console
 from fuser.cli.console import (
     DEFAULT,
     HELP,
+    Calibrate,
+    CalibrationTokens,
+    Clip,
     DefaultCommand,
     Dims,
+    Method,
     Model,
     Progress,
+    Tokenizer,
     Verbose,
     app,
     failing,
@@ -104,22 +109,15 @@ def fuse(
         int | None,
         typer.Option(help="Of MatMulNBits: 4 lets ONNX Runtime round inputs to eight bits, faster and less exact."),
     ] = None,
-    clip: Annotated[
-        bool, typer.Option("--clip", help="Quantize with scales that make each group's squared error least.")
-    ] = False,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Quantize by a method that computes the model on this text; UTF-8."),
-    ] = None,
-    method: Annotated[str, typer.Option(help="Of --calibrate: gptq or awq.")] = "gptq",
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of it at most.")] = 16384,
+    clip: Clip = False,
+    calibrate: Calibrate = None,
+    method: Method = "gptq",
+    calibration_tokens: CalibrationTokens = 16384,
     text: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Measure quality on this text; by default on what --calibrate leaves."),
     ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A tokenizer's folder; by default the model's own.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show by layer what was fused, and every near miss.")
     ] = False,

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from fuser.cli.console import HELP, KvCache, Verbose, Weights, app, counts, failing, lines
+from fuser.cli.console import (
+    HELP,
+    Calibrate,
+    CalibrationTokens,
+    Clip,
+    KvCache,
+    Method,
+    Tokenizer,
+    Verbose,
+    Weights,
+    app,
+    counts,
+    failing,
+    lines,
+)
 from fuser.errors import UsageError
 
 
@@ -132,23 +146,16 @@ def eval_(
         str | None,
         typer.Option(metavar="FORMAT,...", help="Compare MODEL in these formats: int8,int4:128,nf4:64,w8a8."),
     ] = None,
-    clip: Annotated[
-        bool, typer.Option("--clip", help="Quantize with scales that make each group's squared error least.")
-    ] = False,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Quantize by a method that computes the model on this text; UTF-8."),
-    ] = None,
-    method: Annotated[str, typer.Option(help="Of --calibrate: gptq or awq.")] = "gptq",
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Use so many tokens of it at most.")] = 16384,
+    clip: Clip = False,
+    calibrate: Calibrate = None,
+    method: Method = "gptq",
+    calibration_tokens: CalibrationTokens = 16384,
     kv_cache: Annotated[str, typer.Option(help="Element type of MODEL's keys and values; auto: dtype.")] = "auto",
     tokens: Annotated[int | None, typer.Option(help="Use so many tokens of the text at most.")] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens of a window; by default as many as the model takes, at most 2048.")
     ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A tokenizer's folder; by default the model's own.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default the model's own.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Where it runs; by default a GPU that is there, else the CPU.")
