@@ -107,10 +107,12 @@ def substitute(dim: Dim, values: Mapping[sympy.Symbol, Dim]) -> Dim:
 
 
 def replace(item: Any, values: Mapping[sympy.Symbol, Dim]) -> Any:
-    """`item` with some symbols replaced, where it is a dim or a tuple of dims."""
+    """`item` with some symbols replaced, and those in what replaces them, where it is a dim or a tuple of dims."""
     if isinstance(item, tuple):
         return tuple(replace(part, values) for part in item)
-    while isinstance(item, sympy.Expr) and item.free_symbols & values.keys():
+    for _ in values:  # no chain is longer, and a circle ends
+        if not isinstance(item, sympy.Expr) or not item.free_symbols & values.keys():
+            break
         item = substitute(item, values)
     return item
 

@@ -22,6 +22,14 @@ def value(name: str, *shape: Any) -> Value:
     return Value(name, DType.FLOAT32, tuple(shape))
 
 
+def test_dims_are_replaced_to_the_end() -> None:
+    """Through what replaces them, and where they replace one another in a circle, not for ever."""
+    a, b, c = (dims.symbol(name) for name in "abc")
+    assert dims.replace((a + 1, 2, "a"), {a: b, b: c}) == (c + 1, 2, "a")
+    assert dims.replace(a, {a: a}) == a
+    assert dims.replace(a, {a: b, b: a}) in (a, b)
+
+
 def test_signature_binds_dims() -> None:
     signature = Signature.parse("x[*B, D], weight[D, N], bias[N]? -> y[*B, N], *rest[*B, D + N]")
     assert [str(argument) for argument in signature.inputs] == ["[*B, D]", "[D, N]", "[N]"]
