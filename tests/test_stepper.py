@@ -285,7 +285,7 @@ def test_quantized_inputs_are_multiplied_in_eight_bits(name: str) -> None:
     canonicalize(graph)
     graph = quantize(graph, name)
     rewrite(graph, patterns.ALL)
-    check(graph, [PREFILL, *DECODE], tolerance=0.1, dtype="bf16")  # what is rounded may fall to the other side
+    check(graph, [PREFILL, *DECODE[:2]], tolerance=0.1, dtype="bf16")  # what is rounded may fall to the other side
     for tokens, family in ((3, Linear), (100, Matmul)):
         steps = compose(graph, dtype="bf16", tokens=tokens, page=PAGE, decode=tokens == 3).steps
         eights = [step for step in steps if getattr(step.what, "kind", "") or getattr(step.what, "rounds", False)]
@@ -301,7 +301,7 @@ def test_quantized_weights_are_read_as_codes(name: str) -> None:
     canonicalize(graph)
     graph = quantize(graph, name)
     rewrite(graph, patterns.ALL)
-    check(graph, [PREFILL, *DECODE], tolerance=3e-2, dtype="bf16")
+    check(graph, [PREFILL, *DECODE[:2]], tolerance=3e-2, dtype="bf16")
     kernels = compose(graph, dtype="bf16", tokens=3, page=PAGE).steps
     assert sum(step.what.format is not None for step in kernels if isinstance(step.what, Linear)) == 4 * 5
     plain = compose(graph, dtype="bf16", tokens=3, page=PAGE, codes=False).steps
