@@ -136,8 +136,8 @@ def _silent(stage: str) -> None:
     """Tells nobody of a stage."""
 
 
-def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
-    """The module of a folder, of the class its config names.
+def described(folder: Path) -> tuple[Any, Any]:
+    """The config of a folder, and the class of transformers that it names first, None where it names none.
 
     Raises:
         InputError: transformers cannot read it.
@@ -152,7 +152,28 @@ def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Mo
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        kind = next((one for one in named if one is not None), None)
+    except Exception as error:
+        raise _unreadable(folder, error) from None
+    return config, next((one for one in named if one is not None), None)
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    """What transformers raised, on one line: whatever its parts raise, OSError, ValueError, errors of safetensors and JSON."""
+    text = " ".join(str(error).split())
+    return InputError(f"'{folder}' cannot be loaded: {text[:300] or type(error).__name__}")
+
+
+def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
+    """The module of a folder, of the class its config names.
+
+    Raises:
+        InputError: transformers cannot read it.
+        UsageError: transformers is not installed.
+    """
+    config, kind = described(folder)
+    import transformers
+
+    try:
         if checkpoints.quantization_of(config) is not None:
             if kind is None:
                 raise InputError(f"'{folder}' names no architecture that transformers has")
@@ -162,9 +183,8 @@ def pretrained(folder: Path, device: Device, dtype: torch.dtype | None) -> nn.Mo
         )
     except FuserError:
         raise
-    except Exception as error:  # it raises what its parts raise: OSError, ValueError, errors of safetensors and JSON
-        text = " ".join(str(error).split())
-        raise InputError(f"'{folder}' cannot be loaded: {text[:300] or type(error).__name__}") from None
+    except Exception as error:
+        raise _unreadable(folder, error) from None
     return module.to(device).eval()
 
 

@@ -10,6 +10,7 @@ from fuser import checkpoints
 from fuser.cost.workload import Shape
 from fuser.errors import InputError, UsageError
 from fuser.graph import Graph
+from fuser.loading import described
 from fuser.pipeline import Progress
 from fuser.quantizing import choices, quantized, unfilled
 from fuser.sources import source_of
@@ -79,18 +80,12 @@ def module_of(shape: Shape, layers: int = LAYERS, *, filled: bool = False) -> An
 
 def _of_folder(folder: Path) -> Any:
     """The module that a folder's config describes."""
+    config, family = described(folder)
+    import transformers
+
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     try:
-        import transformers
-    except ImportError:
-        raise UsageError("a Hugging Face folder needs transformers: pip install 'fuser[hf]'") from None
-    if not (folder / "config.json").is_file():
-        raise InputError(f"'{folder}' has no config.json: it is no folder of Hugging Face transformers")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        family = next((one for one in named if one is not None), None)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
         return _built(family or transformers.AutoModelForCausalLM.from_config, config, filled=False)
     except Exception as error:  # it raises what its parts raise
         text = " ".join(str(error).split())
