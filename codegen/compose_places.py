@@ -5,6 +5,7 @@ from typing import Any
 
 from fuser import dims
 from fuser.codegen.arrangement import arrangement, keeps_rows
+from fuser.codegen.code_values import EXPONENTS
 from fuser.codegen.elementwise import Column, Computed, Elementwise, Row, elementwise
 from fuser.codegen.embedding import Embedding, embedding
 from fuser.codegen.kernel import Kernel
@@ -12,7 +13,6 @@ from fuser.codegen.kv_groups import group_of
 from fuser.codegen.linear import MOST_TOKENS
 from fuser.codegen.plan import grouped, split
 from fuser.codegen.program import Argument, Cached, Held, Input, Part, Program, Rows, State, Step, Weight
-from fuser.codegen.quantized import EXPONENTS
 from fuser.codegen.rotary import Rotary
 from fuser.codegen.step_inputs import inputs_of, is_integer, past_of, shifted, tokens_of, without_padding
 from fuser.codegen.tuning import Problem, Table

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fuser.codegen import cache, quantized
+from fuser.codegen import cache, code_values, quantized
 from fuser.codegen.attention import Attention, decode, default_splits, prefill
 from fuser.codegen.elementwise import elementwise
 from fuser.codegen.kernel import Kernel, power_of_two
@@ -150,7 +150,7 @@ def _arguments(tiling: Tiling) -> Choice:
 
 def _tilings_of_codes(what: Linear, whole_head: int) -> Iterator[Tiling]:
     assert what.format is not None
-    C = quantized.columns(what.format)
+    C = code_values.columns(what.format)
     steps = -(-what.K // C)
     sides = 2 if what.pairs or what.rotary is not None else 1
     for rows, warps in ((64, 4), (128, 8), (128, 4)):

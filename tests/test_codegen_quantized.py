@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fuser.codegen import cache, linear, quantized, rotary
+from fuser.codegen.code_values import columns
 from fuser.codegen.linear import Linear, Tiling
 from fuser.codegen.matmul import Matmul, Tiles, matmul
 from fuser.codegen.rounding import Rounding, rounding
@@ -63,7 +64,7 @@ def plainly(what: Linear, tensors: dict[str, Any], *outputs: str) -> list[Tensor
 def tilings(what: Linear) -> list[Tiling | None]:
     """The default one, one that loops and one that has parts of which the last is shorter."""
     assert what.format is not None
-    C = quantized.columns(what.format)
+    C = columns(what.format)
     return [None, Tiling(64, C, 1, 4, 3), Tiling(32, C, 2, 2, 1)]
 
 
@@ -126,7 +127,7 @@ def test_projections(
         "v_cache": unwritten(7, page, G, D, dtype=dtype),
     }
     expected = plainly(what, tensors | {name: x.clone() for name, x in made.items()}, *made)
-    tiling = Tiling(32, quantized.columns(format_of(name)), 1, 4, 3) if what.head_norm_eps else None
+    tiling = Tiling(32, columns(format_of(name)), 1, 4, 3) if what.head_norm_eps else None
     launch(quantized.quantized_linear(what, tiling), *((tensors | made)[name] for name in what.tensors))
     for found, wanted in zip(made.values(), expected, strict=True):
         assert (found.isnan() == wanted.isnan()).all()
